@@ -1,0 +1,170 @@
+"""The YAML that a user writes, as pydantic models. What each key means stands in its description,
+which is also what `moa-ray schema` prints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+"""Letters, digits, `.`, `_`, `-`: it becomes part of a Ray actor's name and of a model id."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Resources(_Strict):
+    """What each replica of an engine takes from the Ray cluster."""
+
+    num_cpus: float | None = Field(None, ge=0)
+    """Logical CPUs; the engine kind's own default where not given."""
+    num_gpus: float | None = Field(None, ge=0)
+    """GPUs; a fraction shares one GPU."""
+    accelerator_type: str | None = None
+    """Only on nodes with this accelerator, such as `A100`, `H100`, `L4`."""
+    custom: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources."""
+
+
+class Autoscaling(_Strict):
+    """Replicas that follow the load."""
+
+    min: int = Field(1, ge=0)
+    """Fewest replicas; 0 lets an idle engine give back its GPU."""
+    max: PositiveInt
+    """Most replicas."""
+    target_ongoing_requests: PositiveFloat = 2.0
+    """Calls in flight per replica that the autoscaler aims at."""
+
+
+class EngineSpec(BaseModel):
+    """Where tokens come from. Keys beside these are options of the engine's kind."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    kind: str
+    """`llamacpp`, `openai`, `scripted`, or a kind that a plug-in brings."""
+    model: str
+    """A path, a Hugging Face id, a catalogue name (`moa-ray models list`), or an endpoint's model id."""
+    resources: Resources = Resources()
+    """What each replica takes from the cluster."""
+    replicas: PositiveInt | Autoscaling = 1
+    """Number of replicas (Ray actors), or `{min, max, target_ongoing_requests}`."""
+    max_ongoing_requests: PositiveInt = 64
+    """Calls that one replica holds at once; more wait in the router."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that belong to the kind."""
+        return dict(self.model_extra or {})
+
+
+class Agent(_Strict):
+    """A persona on an engine."""
+
+    engine: str | EngineSpec
+    """A name from `engines`, or an engine of the agent's own, which gets its own actor."""
+    system: str = ""
+    """The agent's own instructions."""
+    temperature: float | None = Field(None, ge=0, le=2)
+    """Sampling temperature; 0 is greedy, not given leaves it to the engine."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Nucleus sampling."""
+    max_tokens: PositiveInt | None = None
+    """Most completion tokens. A proposer without it gets `proposal_max_tokens`; an aggregator is not capped."""
+    seed: int | None = None
+    """Seed of the sampling; sample number n uses seed + n - 1."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end the answer."""
+    samples: PositiveInt = 1
+    """Independent answers that this agent gives (Self-MoA, Li et al. 2025)."""
+    timeout_s: PositiveFloat | None = None
+    """Longest time for one call, in seconds."""
+
+
+class Node(_Strict):
+    """One step of a graph that is not layered."""
+
+    agent: str
+    """Who answers, a name from `agents`."""
+    inputs: list[str] = Field(default_factory=list)
+    """Nodes whose answers this one sees; none for a first node."""
+
+
+class Vote(_Strict):
+    """Take the answer that most proposals give (self-consistency, Wang et al. 2022)."""
+
+    extract: Literal["number", "choice", "last_line", "regex"] = "number"
+    """How the answer is found in a proposal: its last number, its last A-Z choice letter, its last line,
+    or the first group of `pattern`."""
+    pattern: str | None = None
+    """The regular expression for `extract: regex`; its last match counts."""
+
+
+class Rank(_Strict):
+    """Let one agent pick the best proposal (the paper's LLM-ranker baseline, section 3.3)."""
+
+    agent: str
+    """The judge, a name from `agents`."""
+
+
+class VoteAggregator(_Strict):
+    vote: Vote
+
+
+class RankAggregator(_Strict):
+    rank: Rank
+
+
+class Gate(_Strict):
+    """Who of a layer answers."""
+
+    kind: Literal["all"] = "all"
+    """`all`: every agent of the layer."""
+
+
+class Policy(_Strict):
+    """What a request may cost and what it survives."""
+
+    quorum: PositiveInt = 1
+    """Agents of a layer that must answer; below it the request fails with their reasons."""
+    grace_s: float | None = Field(None, ge=0)
+    """Seconds that a layer waits for the rest once its quorum is met; not given waits for all."""
+    deadline_s: PositiveFloat = 600.0
+    """Longest time for a whole request, in seconds."""
+    retries: int = Field(1, ge=0, le=10)
+    """Times that a failed call is tried again, while nothing of it was used."""
+    streaming: Literal["barrier"] = "barrier"
+    """`barrier`: a layer starts when the one before is done, as in the paper."""
+
+
+class GraphSpec(_Strict):
+    """A Mixture-of-Agents graph."""
+
+    version: Literal[1]
+    """Version of this format."""
+    name: Name
+    """Name of the graph: its Ray Serve application and its model id."""
+    description: str = ""
+    """One line for people."""
+    engines: dict[Name, EngineSpec] = Field(default_factory=dict)
+    """Engines by name, a Ray Serve deployment each."""
+    agents: dict[Name, Agent] = Field(min_length=1)
+    """Agents by name."""
+    layers: list[Annotated[list[str], Field(min_length=1)]] = Field(default_factory=list)
+    """Proposers, layer by layer; every agent of a layer sees all answers of the layer before."""
+    nodes: dict[Name, Node] = Field(default_factory=dict)
+    """In place of `layers`: a free graph, each node with its own `inputs`."""
+    aggregator: str | VoteAggregator | RankAggregator
+    """Who makes the answer: an agent that synthesises, `{vote: …}`, or `{rank: {agent: …}}`."""
+    gate: Gate = Gate()
+    """Who of a layer answers."""
+    policy: Policy = Policy()
+    """What a request may cost and what it survives."""
+    prompt: Literal["stable", "paper"] = "stable"
+    """Where the proposals stand. `stable`: after the conversation, so that prefixes stay cached;
+    `paper`: in the system message before it, as the reference implementation has it."""
+    proposal_max_tokens: PositiveInt = 600
+    """Cap of a proposer that sets no `max_tokens`."""
