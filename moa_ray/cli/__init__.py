@@ -1,0 +1,1 @@
+"""The command line: typer commands over the rooms below, and how a run looks in a terminal. No logic."""

@@ -6,7 +6,7 @@ behind HTTP is the same thing to it. Everything here is a plain frozen dataclass
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from math import inf
 from typing import Literal, Protocol, runtime_checkable
@@ -110,7 +110,7 @@ class Engine(Protocol):
         """What this engine can do; cheap after the first call."""
         ...
 
-    def stream(self, request: EngineRequest, /) -> AsyncIterator[Chunk]:
+    def stream(self, request: EngineRequest, /) -> AsyncGenerator[Chunk, None]:
         """Answer `request`."""
         ...
 

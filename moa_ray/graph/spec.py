@@ -1,18 +1,32 @@
-"""The YAML that a user writes, as pydantic models. What each key means stands in its description,
-which is also what `moa-ray schema` prints."""
+"""The YAML that a user writes, as pydantic models.
+
+What each key means stands in its description, which is also what `moa-ray schema` prints.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 """Letters, digits, `.`, `_`, `-`: it becomes part of a Ray actor's name and of a model id."""
 
 
+
+
+def _branch(value: Any) -> str:
+    """Which member of a union is meant: told by the form of what stands there, so that errors speak of that one."""
+    if isinstance(value, Mapping):
+        return "<rank>" if "rank" in value else "<mapping>"
+    return {VoteAggregator: "<mapping>", RankAggregator: "<rank>"}.get(
+        type(value), "<mapping>" if isinstance(value, BaseModel) else "<plain>"
+    )
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Resources(_Strict):
@@ -42,7 +56,7 @@ class Autoscaling(_Strict):
 class EngineSpec(BaseModel):
     """Where tokens come from. Keys beside these are options of the engine's kind."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
 
     kind: str
     """`llamacpp`, `openai`, `scripted`, or a kind that a plug-in brings."""
@@ -50,7 +64,9 @@ class EngineSpec(BaseModel):
     """A path, a Hugging Face id, a catalogue name (`moa-ray models list`), or an endpoint's model id."""
     resources: Resources = Resources()
     """What each replica takes from the cluster."""
-    replicas: PositiveInt | Autoscaling = 1
+    replicas: Annotated[
+        Annotated[PositiveInt, Tag("<plain>")] | Annotated[Autoscaling, Tag("<mapping>")], Discriminator(_branch)
+    ] = 1
     """Number of replicas (Ray actors), or `{min, max, target_ongoing_requests}`."""
     max_ongoing_requests: PositiveInt = 64
     """Calls that one replica holds at once; more wait in the router."""
@@ -64,7 +80,9 @@ class EngineSpec(BaseModel):
 class Agent(_Strict):
     """A persona on an engine."""
 
-    engine: str | EngineSpec
+    engine: Annotated[
+        Annotated[str, Tag("<plain>")] | Annotated[EngineSpec, Tag("<mapping>")], Discriminator(_branch)
+    ]
     """A name from `engines`, or an engine of the agent's own, which gets its own actor."""
     system: str = ""
     """The agent's own instructions."""
@@ -157,7 +175,12 @@ class GraphSpec(_Strict):
     """Proposers, layer by layer; every agent of a layer sees all answers of the layer before."""
     nodes: dict[Name, Node] = Field(default_factory=dict)
     """In place of `layers`: a free graph, each node with its own `inputs`."""
-    aggregator: str | VoteAggregator | RankAggregator
+    aggregator: Annotated[
+        Annotated[str, Tag("<plain>")]
+        | Annotated[VoteAggregator, Tag("<mapping>")]
+        | Annotated[RankAggregator, Tag("<rank>")],
+        Discriminator(_branch),
+    ]
     """Who makes the answer: an agent that synthesises, `{vote: …}`, or `{rank: {agent: …}}`."""
     gate: Gate = Gate()
     """Who of a layer answers."""

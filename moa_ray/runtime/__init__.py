@@ -1,0 +1,42 @@
+"""One request through one graph, in plain asyncio.
+
+Imports `graph`, `engines`' protocol and `errors`; no Ray, no torch. It sees engines through the
+`Engine` protocol only, and tells everything that happens as a stream of events.
+"""
+
+from moa_ray.runtime.events import (
+    AgentCancelled,
+    AgentDelta,
+    AgentEvent,
+    AgentFailed,
+    AgentFinished,
+    AgentStarted,
+    AnswerDelta,
+    Event,
+    LayerStarted,
+    RunFinished,
+    RunStarted,
+    to_json,
+)
+from moa_ray.runtime.ledger import CallRecord, Ledger, RunResult
+from moa_ray.runtime.runner import Runner, RunOptions
+
+__all__ = [
+    "AgentCancelled",
+    "AgentDelta",
+    "AgentEvent",
+    "AgentFailed",
+    "AgentFinished",
+    "AgentStarted",
+    "AnswerDelta",
+    "CallRecord",
+    "Event",
+    "LayerStarted",
+    "Ledger",
+    "RunFinished",
+    "RunOptions",
+    "RunResult",
+    "RunStarted",
+    "Runner",
+    "to_json",
+]

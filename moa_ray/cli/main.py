@@ -1,0 +1,145 @@
+"""The commands of `moa-ray`. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from moa_ray import __version__
+from moa_ray.cli import models
+from moa_ray.engines import registry
+from moa_ray.errors import MoARayError
+from moa_ray.graph import Graph, draw, json_schema, load
+
+app = typer.Typer(
+    name="moa-ray",
+    help="One model out of many, on Ray.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(models.app, name="models")
+
+Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="The graph's YAML file.", show_default=False)]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="A running Ray cluster, host:port or auto; a local one is started where there is none.",
+        envvar="RAY_ADDRESS",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else.")]
+
+
+class Picture(StrEnum):
+    """Forms in which `moa-ray graph` draws."""
+
+    terminal = "terminal"
+    mermaid = "mermaid"
+    svg = "svg"
+
+
+def main() -> None:
+    """Entry point: errors of ours become one clear line and their exit code."""
+    try:
+        app()
+    except MoARayError as error:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {_escaped(error.message)}")
+        if error.hint:
+            console.print(f"[dim]hint:[/]  {_escaped(error.hint)}")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our stdout left, as `head` does
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moa-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    spec: Spec,
+    prompt: Annotated[str, typer.Argument(help="The question; `-` reads it from stdin.", show_default=False)],
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one PROMPT: each agent's text as it comes, the answer, and a table of what it took."""
+    from moa_ray.cli import session
+
+    session.run(_checked(spec), sys.stdin.read() if prompt == "-" else prompt, address=address, as_json=as_json)
+
+
+@app.command()
+def chat(spec: Spec, address: Address = None) -> None:
+    """Talk with the graph; Ctrl-C stops an answer, Ctrl-D leaves."""
+    from moa_ray.cli import session
+
+    session.chat(_checked(spec), address=address)
+
+
+@app.command()
+def validate(spec: Spec, as_json: AsJson = False) -> None:
+    """Check a SPEC without running it."""
+    graph = _checked(spec)
+    summary = {
+        "name": graph.spec.name,
+        "layers": graph.depth,
+        "agents": len(graph.spec.agents),
+        "engines": len(graph.engines),
+        "calls": len(graph.calls) + (graph.answer is not None),
+    }
+    if as_json:
+        typer.echo(json.dumps({"valid": True, **summary}))
+    else:
+        counts = ", ".join(f"{count} {name}" for name, count in summary.items() if name != "name")
+        typer.echo(f"{spec}: ok: {summary['name']}: {counts} a request")
+
+
+@app.command()
+def graph(
+    spec: Spec,
+    form: Annotated[Picture, typer.Option("--format", "-f", help="How to draw.")] = Picture.terminal,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file.", show_default=False)] = None,
+) -> None:
+    """Draw the DAG of a SPEC: in the terminal, as Mermaid, or as SVG."""
+    picture = getattr(draw, form.value)(_checked(spec))
+    if out is None:
+        typer.echo(picture)
+    else:
+        out.write_text(picture, encoding="utf-8")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a SPEC, for editors."""
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+def _checked(spec: Path) -> Graph:
+    graph = load(spec)
+    registry.check(graph)
+    return graph

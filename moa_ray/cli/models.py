@@ -1,0 +1,68 @@
+"""`moa-ray models`: what the catalogue holds, and fetching it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from moa_ray.engines import catalogue
+
+app = typer.Typer(help="Models that run here.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_models(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the models of the catalogue."""
+    rows = [
+        {
+            "name": model.name,
+            "present": catalogue.is_present(model.name),
+            "bytes": model.size,
+            "licence": model.licence,
+            "description": model.description,
+        }
+        for model in catalogue.CATALOGUE.values()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table("model", "here", "size", "licence", "what it is", box=None, header_style="bold")
+    for row in rows:
+        size = f"{row['bytes'] / 1e6:.0f} MB"
+        table.add_row(
+            str(row["name"]), "yes" if row["present"] else "no", size, str(row["licence"]), str(row["description"])
+        )
+    Console().print(table)
+    typer.echo("A path to a GGUF file and a Hugging Face id (org/repo[:file.gguf]) are models, too.")
+
+
+@app.command()
+def pull(name: Annotated[str, typer.Argument(help="Catalogue name, Hugging Face id, or path.")]) -> None:
+    """Fetch a model, unless it is here already."""
+    typer.echo(str(fetch(name)))
+
+
+def fetch(name: str) -> str:
+    """The model's file, downloaded with a progress bar on stderr where it is missing."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = None
+
+        def show(done: int, total: int | None, label: str) -> None:
+            nonlocal task
+            if task is None:
+                task = bar.add_task(label)
+            bar.update(task, completed=done, total=total, description=label)
+
+        return str(catalogue.resolve(name, progress=show))

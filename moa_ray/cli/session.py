@@ -1,0 +1,91 @@
+"""`moa-ray run` and `moa-ray chat`: a graph up for one question or a conversation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.prompt import Prompt
+
+from moa_ray.cli import models
+from moa_ray.cli.view import DRAFTS_EVERY_S, View
+from moa_ray.cluster import MoA
+from moa_ray.errors import MoARayError
+from moa_ray.graph import Graph, Message, conversation
+from moa_ray.runtime import RunFinished, RunOptions, to_json
+
+
+def run(graph: Graph, prompt: str, *, address: str | None, as_json: bool) -> None:
+    """Answer one question on stdout; progress, drafts and the table go to stderr."""
+    messages = conversation(prompt)  # a bad prompt is told before anything starts
+    with _up(graph, address) as moa:
+        if as_json:
+            for event in moa.events(messages, RunOptions(draft_flush_s=DRAFTS_EVERY_S)):
+                print(json.dumps(to_json(event), ensure_ascii=False), flush=True)
+        else:
+            _show(moa, messages)
+
+
+def chat(graph: Graph, *, address: str | None) -> None:
+    """A conversation: every turn sees the ones before."""
+    with _up(graph, address) as moa:
+        typer.echo(f"Talking with {graph.spec.name}. Ctrl-C stops an answer, Ctrl-D leaves.")
+        history: list[Message] = []
+        while (question := _question()) is not None:
+            if not question.strip():
+                continue
+            asked: Message = {"role": "user", "content": question}
+            try:
+                answer = _show(moa, [*history, asked])
+            except KeyboardInterrupt:
+                typer.echo("\nstopped")
+            except MoARayError as error:
+                typer.echo(f"error: {error}", err=True)
+            else:
+                history += [asked, {"role": "assistant", "content": answer}]
+
+
+def _question() -> str | None:
+    try:
+        return Prompt.ask("[bold]you[/]") if sys.stdin.isatty() else input()
+    except (EOFError, KeyboardInterrupt):
+        typer.echo()
+        return None
+
+
+def _show(moa: MoA, messages: Iterable[Message]) -> str:
+    text = ""
+    options = RunOptions(draft_flush_s=DRAFTS_EVERY_S)
+    with View(moa.graph) as view:
+        for event in moa.events(messages, options):
+            view.add(event)
+            if isinstance(event, RunFinished):
+                text = event.text
+    return text
+
+
+@contextmanager
+def _up(graph: Graph, address: str | None) -> Generator[MoA, None, None]:
+    """The graph deployed, with a line on stderr that says what is being waited for."""
+    for spec in graph.engines.values():
+        if spec.kind == "llamacpp" and address is None:
+            models.fetch(spec.model)
+    console = Console(stderr=True)
+    with console.status("Starting Ray…") as status:
+
+        def show(ready: dict[str, tuple[int, int]]) -> None:
+            waiting = [name for name, (up, wanted) in ready.items() if up < wanted]
+            if waiting:
+                status.update(
+                    f"{len(ready) - len(waiting)} of {len(ready)} engines ready; loading {', '.join(waiting)}…"
+                )
+
+        moa = MoA(graph, address=address, progress=show)
+    try:
+        yield moa
+    finally:
+        moa.close()

@@ -1,0 +1,168 @@
+"""How a run looks: agents live on a terminal, then the answer, then what it took.
+
+The answer goes to stdout; all else goes to stderr, so that a pipe gets the answer and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.rule import Rule
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from moa_ray.engines import Usage
+from moa_ray.graph import Graph
+from moa_ray.runtime import (
+    AgentDelta,
+    AgentFailed,
+    AgentFinished,
+    AgentStarted,
+    AnswerDelta,
+    CallRecord,
+    Event,
+    Ledger,
+    RunFinished,
+)
+
+DRAFTS_EVERY_S = 0.1
+"""How often a draft's newer text is wanted."""
+_TAIL_LINES = 2
+_ICONS = {"finished": ("✓", "green"), "failed": ("✗", "red"), "cancelled": ("–", "yellow"), "running": ("·", "dim")}
+
+
+class View:
+    """A consumer of one run's events; a context manager, since it may hold the terminal."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._err = Console(stderr=True, highlight=False)
+        self._ledger = Ledger()
+        self._drafts: dict[str, str] = {}
+        self._notes: dict[str, str] = {}
+        self._spinner = Spinner("dots")
+        self._live = Live(console=self._err, refresh_per_second=10, get_renderable=self._panes)
+        self._answering = False
+
+    def __enter__(self) -> View:
+        if self._err.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def add(self, event: Event) -> None:
+        """Show one event."""
+        self._ledger.add(event)
+        match event:
+            case AgentStarted():
+                self._drafts[event.call] = ""
+                self._notes[event.call] = "; ".join(event.trimmed)
+            case AgentDelta():
+                self._drafts[event.call] += event.text
+            case AgentFinished():
+                self._drafts[event.call] = event.text
+            case AgentFailed(will_retry=True):
+                self._notes[event.call] = f"trying again: {event.message}"
+            case AnswerDelta():
+                self._begin_answer()
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+            case RunFinished():
+                self._finish(event)
+            case _:
+                pass
+
+    # ------------------------------------------------------------------ while the agents work
+
+    def _panes(self) -> Group:
+        panes: list[Table | Text] = []
+        layer = 0
+        for record in self._ledger.records:
+            if record.layer != layer:
+                layer = record.layer
+                panes.append(Text(self._layer_name(layer), style="bold"))
+            panes.append(self._pane(record))
+        return Group(*panes)
+
+    def _layer_name(self, layer: int) -> str:
+        return "aggregator" if layer > self._graph.depth else f"layer {layer}"
+
+    def _pane(self, record: CallRecord) -> Table:
+        icon, style = _ICONS[record.state]
+        pane = Table.grid(padding=(0, 1))
+        pane.add_column(width=1)
+        pane.add_column(width=14, no_wrap=True)
+        pane.add_column(ratio=1)
+        pane.expand = True
+        mark = self._spinner if record.state == "running" and not self._answering else Text(icon, style=style)
+        body = Text(self._tail(record), style="dim" if record.state == "running" else "")
+        note = record.error or self._notes.get(record.call, "")
+        if note:
+            body = Text.assemble(body, "\n" if body.plain else "", (note, "yellow"))
+        pane.add_row(mark, Text(record.call.partition("/")[2] or record.agent, style="bold cyan"), body)
+        return pane
+
+    def _tail(self, record: CallRecord) -> str:
+        width = max(20, self._err.width - 20)
+        if record.call == (self._graph.answer.id if self._graph.answer else None):
+            return ""
+        words = " ".join(self._drafts.get(record.call, "").split())
+        return words[-_TAIL_LINES * width :] if len(words) > _TAIL_LINES * width else words
+
+    # ------------------------------------------------------------------ the answer and after
+
+    def _begin_answer(self) -> None:
+        if self._answering:
+            return
+        self._answering = True
+        self._live.stop()
+        if self._err.is_terminal:
+            self._err.print(Rule("answer", style="dim"))
+
+    def _finish(self, event: RunFinished) -> None:
+        self._live.stop()
+        if self._answering:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        if event.note:
+            self._err.print(Text(event.note, style="dim"))
+        self._err.print(self._table(event))
+
+    def _table(self, event: RunFinished) -> Table:
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("agent")
+        table.add_column("engine")
+        for name in ("state", "prompt", "cached", "tokens", "TTFT s", "total s"):
+            table.add_column(name, justify="left" if name == "state" else "right")
+        for record in self._ledger.records:
+            icon, style = _ICONS[record.state]
+            state = Text(
+                f"{icon} {record.state}" + (f" ({record.attempts} tries)" if record.attempts > 1 else ""), style
+            )
+            table.add_row(
+                record.call,
+                record.engine,
+                state,
+                *_tokens(record.usage),
+                _seconds(record.ttft_s),
+                _seconds(record.seconds),
+            )
+        table.add_section()
+        table.add_row("all", "", "", *_tokens(event.usage), _seconds(event.ttft_s), _seconds(event.t), style="bold")
+        return table
+
+
+def _tokens(usage: Usage) -> tuple[str, str, str]:
+    return str(usage.prompt_tokens), str(usage.cached_tokens), str(usage.completion_tokens)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

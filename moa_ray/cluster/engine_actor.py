@@ -1,0 +1,108 @@
+"""An engine as a Ray Serve deployment, and its other end: the `Engine` that the router sees."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from moa_ray.engines import registry
+from moa_ray.engines._coalesce import coalesce
+from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, Usage
+from moa_ray.errors import EngineError, EngineOverloaded, EngineUnavailable, MoARayError
+from moa_ray.graph import EngineSpec, Message
+
+
+class EngineReplica:
+    """The deployment class: one engine, in an actor of its own. Ready when its model is loaded."""
+
+    async def __init__(self, spec: EngineSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._engine = await registry.create(spec)
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
+        """Answer, in as few messages as the reader of `request` wants."""
+        async for chunk in coalesce(self._engine.stream(request), request.flush_s):
+            yield chunk
+
+    async def info(self) -> EngineInfo:
+        """What the engine can do."""
+        return await self._engine.info()
+
+    async def warm(self, request: EngineRequest) -> Usage:
+        """Prefill a prompt."""
+        return await self._engine.warm(request)
+
+    async def count_tokens(self, messages: tuple[Message, ...]) -> int:
+        """Prompt tokens that `messages` take."""
+        return await self._engine.count_tokens(messages)
+
+    async def __del__(self) -> None:  # Serve awaits it when the replica is drained
+        await self._engine.close()
+
+
+class HandleEngine:
+    """An `Engine` that lives in another deployment.
+
+    Args:
+        name: The engine's name in the spec, for errors.
+        handle: Handle of its deployment.
+    """
+
+    def __init__(self, name: str, handle: DeploymentHandle[Any]) -> None:
+        self._name = name
+        # Each `.options()` makes a router of its own in Serve, so handles are made once.
+        self._stream = handle.options(method_name="stream", stream=True)
+        self._call = handle
+        self._info: EngineInfo | None = None
+
+    async def info(self) -> EngineInfo:
+        """Asked once, then remembered."""
+        if self._info is None:
+            self._info = await self._ask("info")
+        return self._info
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
+        """Chunks from one replica; closing the generator cancels the call there."""
+        response: Any = self._stream.remote(request)
+        try:
+            async for chunk in response:
+                yield chunk
+        except (RayError, RayServeException) as error:
+            raise self._translated(error) from None
+        finally:
+            response.cancel()
+
+    async def warm(self, request: EngineRequest) -> Usage:
+        """Prefill on one replica."""
+        usage: Usage = await self._ask("warm", request)
+        return usage
+
+    async def count_tokens(self, messages: tuple[Message, ...]) -> int:
+        """Prompt tokens that `messages` take."""
+        count: int = await self._ask("count_tokens", messages)
+        return count
+
+    async def close(self) -> None:
+        """The deployment outlives its handles."""
+
+    async def _ask(self, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self._call, method).remote(*args)
+        except (RayError, RayServeException) as error:
+            raise self._translated(error) from None
+
+    def _translated(self, error: Exception) -> EngineError:
+        """Ray's view of a failed call, as ours."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, EngineError):
+            cause.engine = self._name
+            return cause
+        if isinstance(cause, MoARayError):
+            return EngineUnavailable(cause.message, engine=self._name, hint=cause.hint)
+        if isinstance(cause, BackPressureError):
+            return EngineOverloaded(f"every replica of {self._name} is full", engine=self._name)
+        first_line = (str(cause).strip().splitlines() or [""])[0]
+        return EngineUnavailable(f"{type(cause).__name__}: {first_line}", engine=self._name)

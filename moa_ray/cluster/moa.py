@@ -1,0 +1,138 @@
+"""The Python interface: one model made of a graph, running on a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+from collections.abc import AsyncGenerator, Generator, Iterable
+from os import PathLike
+from types import TracebackType
+from typing import Any
+from uuid import uuid4
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from moa_ray.cluster.deploy import Progress, deploy
+from moa_ray.cluster.session import Session
+from moa_ray.engines import registry
+from moa_ray.errors import ClusterError, MoARayError
+from moa_ray.graph import Graph, Message, conversation, load
+from moa_ray.runtime import Event, RunOptions, RunResult
+
+
+class MoA:
+    """A graph, deployed for as long as this object lives.
+
+    Joins the Ray cluster at `address` (or `RAY_ADDRESS`), or starts a local one; deploys the graph as a
+    Serve application of its own name and a random ending; takes down, on `close`, only what it started.
+
+    Args:
+        graph: The graph.
+        address: A running Ray cluster, `host:port` or `auto`.
+        progress: Told which engines are ready while they start.
+
+    Raises:
+        ClusterError: If the cluster cannot be reached, or an engine does not start.
+        ResourcesShort: If an engine finds no place in the cluster.
+    """
+
+    def __init__(self, graph: Graph, *, address: str | None = None, progress: Progress | None = None) -> None:
+        registry.check(graph)
+        self.graph = graph
+        self.app = f"{graph.spec.name}-{uuid4().hex[:6]}"
+        self._closed = False
+        self._session = Session(address)
+        try:
+            handle = deploy(graph, self.app, may_grow=not self._session.owned, progress=progress)
+        except BaseException:
+            self._session.close()
+            raise
+        self._handle = handle.options(method_name="stream", stream=True)
+        atexit.register(self.close)
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str], *, address: str | None = None) -> MoA:
+        """Load the graph in `path` and deploy it.
+
+        Raises:
+            SpecError: If the file does not describe a graph; with file, line and key.
+        """
+        return cls(load(path), address=address)
+
+    def run(self, prompt: str | Iterable[Message]) -> RunResult:
+        """Answer `prompt`, or the last message of a conversation.
+
+        Raises:
+            RequestError: If the prompt is empty or malformed.
+            QuorumNotMet: If too few agents answered.
+            EngineError: If the aggregator failed.
+            DeadlineExceeded: If the policy's deadline passed.
+        """
+        return RunResult.of(self.events(prompt))
+
+    def events(
+        self, prompt: str | Iterable[Message], options: RunOptions | None = None
+    ) -> Generator[Event, None, None]:
+        """`stream` for code without an event loop. Closing the generator cancels the run."""
+        response: Any = self._handle.remote(conversation(prompt), options or RunOptions())
+        try:
+            for batch in response:
+                yield from batch
+        except (RayError, RayServeException) as error:
+            raise _translated(error) from None
+        finally:
+            response.cancel()
+
+    async def stream(
+        self, prompt: str | Iterable[Message], options: RunOptions | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Answer `prompt`, telling everything that happens; the last event is `run.finished`.
+
+        Closing the generator cancels the run. Raises as `run` does, after the last event.
+        """
+        response: Any = self._handle.remote(conversation(prompt), options or RunOptions())
+        try:
+            async for batch in response:
+                for event in batch:
+                    yield event
+        except (RayError, RayServeException) as error:
+            raise _translated(error) from None
+        finally:
+            response.cancel()
+
+    def close(self) -> None:
+        """Take the application down, and the cluster if this object started it. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        if not self._session.owned:  # our own cluster goes down whole, and faster
+            serve.delete(self.app)
+        self._session.close()
+
+    def __enter__(self) -> MoA:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> MoA:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+
+def _translated(error: Exception) -> MoARayError:
+    """The error that ended a run, out of Ray's wrapping."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, MoARayError):
+        return cause
+    first_line = (str(cause).strip().splitlines() or [""])[0]
+    return ClusterError(f"the router failed: {type(cause).__name__}: {first_line}")

@@ -1,0 +1,41 @@
+"""Fewer, larger messages: what a reader across an actor boundary wants of a token stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from math import isinf
+
+from moa_ray.engines.protocol import Chunk
+
+
+async def coalesce(chunks: AsyncGenerator[Chunk, None], flush_s: float) -> AsyncGenerator[Chunk, None]:
+    """Join chunks that arrive within `flush_s` seconds of the last one passed on.
+
+    The first text passes at once, so the time to the first token is untouched, unless `flush_s` is
+    infinite: then everything travels in the last chunk, with the `ttft_s` that its reader cannot see.
+    """
+    clock = asyncio.get_running_loop().time
+    received = clock()
+    first: float | None = None
+    last = -flush_s
+    text: list[str] = []
+    tokens = 0
+    async with aclosing(chunks) as source:
+        async for chunk in source:
+            now = clock()
+            if first is None and chunk.text:
+                first = now
+            text.append(chunk.text)
+            tokens += chunk.tokens
+            if chunk.finish_reason is not None:
+                ttft_s = chunk.ttft_s if chunk.ttft_s is not None else (first or now) - received
+                yield replace(chunk, text="".join(text), tokens=tokens, ttft_s=ttft_s)
+                return
+            if now - last >= flush_s and not isinf(flush_s):
+                yield Chunk("".join(text), tokens)
+                text.clear()
+                tokens = 0
+                last = now

@@ -1,0 +1,214 @@
+"""An engine that plays a script: deterministic text, timing, failures and prefix cache, without a model.
+
+It is the seam for tests of graphs, ours and users': what an agent says, how long it takes and how it
+breaks are all set in the YAML. A token is a word with the white space behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import AsyncGenerator
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, FinishReason, Usage
+from moa_ray.errors import (
+    ContextOverflow,
+    EngineError,
+    EngineOverloaded,
+    EngineRefused,
+    EngineTimeout,
+    EngineUnavailable,
+)
+from moa_ray.graph.messages import Message
+from moa_ray.graph.spec import Resources
+
+_ERRORS: dict[str, type[EngineError]] = {
+    "unavailable": EngineUnavailable,
+    "timeout": EngineTimeout,
+    "overloaded": EngineOverloaded,
+    "refused": EngineRefused,
+}
+_REMEMBERED_PROMPTS = 256
+
+
+class Fault(BaseModel):
+    """A failure to play.
+
+    It strikes the calls that match: of `agent` (any where not given), from call number `first` on
+    (counted from 1 per agent), `times` of them (all where not given).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["unavailable", "timeout", "overloaded", "refused", "hang"] = "unavailable"
+    """The error to raise, or `hang`: no answer, for ever."""
+    agent: str | None = None
+    """Whose calls; not given: everybody's."""
+    first: PositiveInt = 1
+    """Number of the first call that fails."""
+    times: PositiveInt | None = None
+    """How many calls fail; not given: all from the first on."""
+    after_tokens: NonNegativeInt = 0
+    """Tokens that are still sent before it."""
+
+    def strikes(self, agent: str, call: int) -> bool:
+        """Whether call number `call` of `agent` fails."""
+        wanted = self.agent is None or self.agent == agent
+        return wanted and call >= self.first and (self.times is None or call < self.first + self.times)
+
+
+class ScriptedOptions(BaseModel):
+    """Keys of an engine of `kind: scripted`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    reply: str = "{agent} answers: {prompt}"
+    """What is said. `{agent}`, `{call}` (that agent's call number) and `{prompt}` (the last message) are filled in."""
+    replies: dict[str, str] = Field(default_factory=dict)
+    """Replies of single agents, in place of `reply`."""
+    reply_tokens: PositiveInt | None = None
+    """In place of a text: this many numbered tokens, `1 2 3 …`."""
+    ttft_s: NonNegativeFloat = 0.0
+    """Seconds to the first token."""
+    itl_s: NonNegativeFloat = 0.0
+    """Seconds between tokens (inter-token latency)."""
+    prefill_s_per_token: NonNegativeFloat = 0.0
+    """Seconds that each prompt token outside the prefix cache adds before the first token."""
+    slowdown: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Factor on all times of single agents."""
+    concurrency: PositiveInt | None = None
+    """Calls served at once; more wait."""
+    context_window: PositiveInt | None = None
+    """Prompt plus completion tokens that fit."""
+    faults: tuple[Fault, ...] = ()
+    """Failures to play."""
+
+
+class Scripted:
+    """An `Engine` that plays `ScriptedOptions`.
+
+    Attributes:
+        calls: Every request received, in order.
+        decoded: Tokens decoded so far, also of calls that were cut off.
+        active: Calls in flight.
+    """
+
+    Options: ClassVar[type[BaseModel]] = ScriptedOptions
+    default_resources: ClassVar[Resources] = Resources(num_cpus=0, num_gpus=0)
+
+    def __init__(self, options: ScriptedOptions | None = None, *, model: str = "scripted") -> None:
+        self.options = options or ScriptedOptions()
+        self.model = model
+        self.calls: list[EngineRequest] = []
+        self.decoded = 0
+        self.active = 0
+        self._calls_of: dict[str, int] = {}
+        self._seen: deque[list[str]] = deque(maxlen=_REMEMBERED_PROMPTS)
+        self._slots = asyncio.Semaphore(self.options.concurrency) if self.options.concurrency else None
+
+    @classmethod
+    async def create(cls, model: str, options: BaseModel, *, num_cpus: float) -> Scripted:
+        """An engine from its YAML; `num_cpus` is not needed."""
+        return cls(ScriptedOptions.model_validate(options), model=model)
+
+    async def info(self) -> EngineInfo:
+        """The script's window; prefixes are always cached."""
+        return EngineInfo(self.model, self.options.context_window, prefix_cache=True)
+
+    async def count_tokens(self, messages: tuple[Message, ...]) -> int:
+        """One token a word, and one a role."""
+        return len(_tokens_of(messages))
+
+    async def warm(self, request: EngineRequest) -> Usage:
+        """Take the prompt into the prefix cache, in the time that its prefill takes."""
+        prompt = _tokens_of(request.messages)
+        cached = self._cached(prompt)
+        await asyncio.sleep((len(prompt) - cached) * self.options.prefill_s_per_token)
+        self._seen.append(prompt)
+        return Usage(len(prompt), 0, cached)
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
+        """Play the script for one call."""
+        self.calls.append(request)
+        number = self._calls_of[request.agent] = self._calls_of.get(request.agent, 0) + 1
+        self.active += 1
+        try:
+            if self._slots is None:
+                async for chunk in self._play(request, number):
+                    yield chunk
+            else:
+                async with self._slots:
+                    async for chunk in self._play(request, number):
+                        yield chunk
+        finally:
+            self.active -= 1
+
+    async def _play(self, request: EngineRequest, number: int) -> AsyncGenerator[Chunk, None]:
+        options = self.options
+        prompt = _tokens_of(request.messages)
+        self._check_window(len(prompt))
+        fault = next((fault for fault in options.faults if fault.strikes(request.agent, number)), None)
+        cached = self._cached(prompt)
+        self._seen.append(prompt)
+
+        tokens, finish_reason = self._reply(request, number)
+        slow = options.slowdown.get(request.agent, 1.0)
+        clock = asyncio.get_running_loop().time
+        due = clock() + slow * (options.ttft_s + (len(prompt) - cached) * options.prefill_s_per_token)
+        for position, token in enumerate(tokens):
+            if fault and position == fault.after_tokens:
+                await _strike(fault)
+            if due > clock():
+                await asyncio.sleep(due - clock())
+            self.decoded += 1
+            yield Chunk(token, 1)
+            due += slow * options.itl_s
+        if fault and fault.after_tokens >= len(tokens):
+            await _strike(fault)
+        yield Chunk(finish_reason=finish_reason, usage=Usage(len(prompt), len(tokens), cached))
+
+    def _reply(self, request: EngineRequest, number: int) -> tuple[list[str], FinishReason]:
+        if self.options.reply_tokens:
+            tokens = [f"{n} " for n in range(1, self.options.reply_tokens + 1)]
+        else:
+            text = self.options.replies.get(request.agent, self.options.reply)
+            fields = {"agent": request.agent, "call": str(number), "prompt": request.messages[-1]["content"]}
+            tokens = _tokens(re.sub(r"\{(agent|call|prompt)\}", lambda match: fields[match[1]], text))
+        most = request.sampling.max_tokens
+        return (tokens[:most], "length") if most and len(tokens) > most else (tokens, "stop")
+
+    def _check_window(self, prompt_tokens: int) -> None:
+        window = self.options.context_window
+        if window is not None and prompt_tokens >= window:
+            raise ContextOverflow(f"the prompt takes {prompt_tokens} of {window} tokens")
+
+    def _cached(self, prompt: list[str]) -> int:
+        return max((_common_prefix(prompt, seen) for seen in self._seen), default=0)
+
+
+async def _strike(fault: Fault) -> None:
+    if fault.kind == "hang":
+        await asyncio.Event().wait()
+    raise _ERRORS[fault.kind](f"scripted fault: {fault.kind}")
+
+
+def _tokens(text: str) -> list[str]:
+    return re.findall(r"\S+\s*", text)
+
+
+def _tokens_of(messages: tuple[Message, ...]) -> list[str]:
+    return [token for message in messages for token in (f"<{message['role']}>", *message["content"].split())]
+
+
+def _common_prefix(left: list[str], right: list[str]) -> int:
+    for position, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return position
+    return min(len(left), len(right))

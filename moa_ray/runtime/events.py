@@ -1,0 +1,175 @@
+"""What happens in one run, as it happens. Every front end is a consumer of this one stream.
+
+The JSON form (`to_json`, one object a line in `moa-ray run --json`) is public; `VERSION` grows when a
+field changes its meaning or goes away, not when one is added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, ClassVar
+
+from moa_ray.engines.protocol import FinishReason, Usage
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events.
+
+    Args:
+        run: The run's id.
+        t: Seconds since the run started, monotonic.
+    """
+
+    name: ClassVar[str]
+
+    run: str
+    t: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """A run began; `calls` engine calls are planned."""
+
+    name = "run.started"
+    graph: str
+    calls: int
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStarted(Event):
+    """The first agent of a layer is about to start. Layers count from 1; the aggregator's is the last."""
+
+    name = "layer.started"
+    layer: int
+    agents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AgentEvent(Event):
+    """Base of what happens to one call of one agent.
+
+    Args:
+        call: Id of the call in the graph, such as `1/skeptic` or `2/skeptic#3`.
+        agent: Name of the agent.
+        engine: Name of its engine.
+        layer: Layer of the call, from 1.
+        attempt: Number of the attempt, from 1.
+    """
+
+    call: str
+    agent: str
+    engine: str
+    layer: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStarted(AgentEvent):
+    """The call was sent to the engine. `trimmed` says what had to be cut from its prompt to fit the window."""
+
+    name = "agent.started"
+    proposals: int
+    trimmed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AgentDelta(AgentEvent):
+    """More text of a proposal."""
+
+    name = "agent.delta"
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AgentFinished(AgentEvent):
+    """The call is complete; `seconds` is from this attempt's start, `ttft_s` to its first token."""
+
+    name = "agent.finished"
+    text: str
+    usage: Usage
+    seconds: float
+    ttft_s: float
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class AgentFailed(AgentEvent):
+    """An attempt failed; with `will_retry` another follows."""
+
+    name = "agent.failed"
+    error: str
+    message: str
+    will_retry: bool
+    seconds: float
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class AgentCancelled(AgentEvent):
+    """The call was cut off because nobody needs it any more; `usage` is what was seen of it until then."""
+
+    name = "agent.cancelled"
+    reason: str
+    seconds: float
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDelta(Event):
+    """More text of the final answer."""
+
+    name = "answer.delta"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished(Event):
+    """The last event of every run.
+
+    Args:
+        text: The whole answer, or what there was of it.
+        usage: Sum over all calls and attempts.
+        ttft_s: Seconds to the first token of the answer; None where there was none.
+        source: Id of the call whose text the answer is.
+        note: What a reader should know of how the answer came about, "" for nothing.
+        error: Class of the error that ended the run, "" for success.
+        message: What went wrong.
+    """
+
+    name = "run.finished"
+    text: str
+    usage: Usage
+    ttft_s: float | None
+    source: str = ""
+    finish_reason: FinishReason | None = None
+    note: str = ""
+    error: str = ""
+    message: str = ""
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """The public JSON form: `event` (the name) and the event's fields, times rounded to microseconds."""
+    return {"event": event.name, **{key: _plain(getattr(event, key)) for key in _keys(type(event))}}
+
+
+@cache
+def _keys(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case float():
+            return round(value, 6)
+        case tuple():
+            return list(value)
+        case Usage():
+            return {key: getattr(value, key) for key in _keys(Usage)}
+        case _:
+            return value

@@ -1,0 +1,144 @@
+"""The account of a run: every call, every attempt, every token, in the order in which the calls started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moa_ray.engines.protocol import Usage
+from moa_ray.runtime.events import (
+    AgentCancelled,
+    AgentEvent,
+    AgentFailed,
+    AgentFinished,
+    AgentStarted,
+    Event,
+    RunFinished,
+    to_json,
+)
+
+State = Literal["running", "finished", "failed", "cancelled"]
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One line of the ledger.
+
+    Args:
+        call: Id of the call in the graph.
+        agent: Name of the agent.
+        engine: Name of its engine.
+        layer: Layer of the call, from 1.
+        state: How it stands.
+        attempts: Times it was sent to the engine.
+        usage: Tokens of all attempts.
+        text: The answer, once finished.
+        started_s: Seconds from the run's start to the first attempt.
+        seconds: From the first attempt's start to the end of the last, retries and pauses included.
+        ttft_s: Seconds from the successful attempt's start to its first token.
+        error: Why the last attempt failed, "" where it did not.
+    """
+
+    call: str
+    agent: str
+    engine: str
+    layer: int
+    started_s: float
+    state: State = "running"
+    attempts: int = 1
+    usage: Usage = field(default_factory=Usage)
+    text: str = ""
+    seconds: float = 0.0
+    ttft_s: float | None = None
+    error: str = ""
+
+
+class Ledger:
+    """A consumer of events that keeps one `CallRecord` a call."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, CallRecord] = {}
+
+    @property
+    def records(self) -> tuple[CallRecord, ...]:
+        """All calls, in the order in which they started."""
+        return tuple(self._records.values())
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all calls and attempts."""
+        return sum((record.usage for record in self._records.values()), Usage())
+
+    def add(self, event: Event) -> None:
+        """Book one event; those that are not of an agent are passed over."""
+        match event:
+            case AgentStarted(call=call):
+                record = self._records.setdefault(
+                    call, CallRecord(call, event.agent, event.engine, event.layer, event.t)
+                )
+                record.attempts, record.state, record.error = event.attempt, "running", ""
+            case AgentFinished():
+                record = self._end(event, event.usage, "finished")
+                record.text, record.ttft_s = event.text, event.ttft_s
+            case AgentFailed():
+                self._end(event, event.usage, "failed").error = event.message
+            case AgentCancelled():
+                self._end(event, event.usage, "cancelled").error = event.reason
+            case _:
+                pass
+
+    def _end(self, event: AgentEvent, usage: Usage, state: State) -> CallRecord:
+        # A call whose inputs failed ends without having started.
+        record = self._records.setdefault(
+            event.call, CallRecord(event.call, event.agent, event.engine, event.layer, event.t, attempts=0)
+        )
+        record.usage += usage
+        record.state = state
+        record.seconds = event.t - record.started_s
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run.
+
+    Args:
+        text: The answer.
+        usage: Tokens of all calls and attempts.
+        agents: One record a call, in the order in which they started.
+        ttft_s: Seconds to the first token of the answer.
+        total_s: Seconds to its last.
+        source: Id of the call whose text the answer is.
+        note: What a reader should know of how the answer came about, "" for nothing.
+        trace: All events of the run.
+    """
+
+    text: str
+    usage: Usage
+    agents: tuple[CallRecord, ...]
+    ttft_s: float | None
+    total_s: float
+    source: str
+    note: str
+    trace: tuple[Event, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> RunResult:
+        """The result that a run's events tell.
+
+        Raises:
+            ValueError: If the events do not end with `run.finished`.
+        """
+        trace = tuple(events)
+        end = trace[-1] if trace else None
+        if not isinstance(end, RunFinished):
+            raise ValueError("the events of a run end with run.finished")
+        ledger = Ledger()
+        for event in trace:
+            ledger.add(event)
+        return cls(end.text, end.usage, ledger.records, end.ttft_s, end.t, end.source, end.note, trace)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The trace in its public JSON form."""
+        return [to_json(event) for event in self.trace]

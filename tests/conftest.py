@@ -1,0 +1,24 @@
+"""One Ray cluster for all tests of a worker that need one; such tests are marked `xdist_group("ray")`, which puts
+them on the same worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster with 2 CPUs and 8 pretended GPUs, joined by this process."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, num_gpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

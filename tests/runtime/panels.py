@@ -1,0 +1,44 @@
+"""Graphs over scripted engines in this process, for tests of the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moa_ray.engines import Scripted, ScriptedOptions
+from moa_ray.graph import Graph, from_dict
+from moa_ray.runtime import Runner
+
+
+def panel(
+    *layers: int, spec: Mapping[str, Any] | None = None, agents: Mapping[str, Any] | None = None, **options: Any
+) -> tuple[Runner, Scripted]:
+    """A layered graph of so many agents a layer (`a1`, `a2`, ... shared by the layers) and the aggregator `chief`.
+
+    Args:
+        layers: Agents a layer.
+        spec: Further keys of the spec.
+        agents: Further keys of single agents.
+        options: Options of the one scripted engine that all share.
+    """
+    names = [f"a{n}" for n in range(1, max(layers) + 1)]
+    extra = agents or {}
+    graph = from_dict(
+        {
+            "version": 1,
+            "name": "panel",
+            "engines": {"script": {"kind": "scripted", "model": "script", **options}},
+            "agents": {name: {"engine": "script", **extra.get(name, {})} for name in [*names, "chief"]},
+            "layers": [names[:count] for count in layers],
+            "aggregator": "chief",
+            **(spec or {}),
+        }
+    )
+    return runner(graph)
+
+
+def runner(graph: Graph) -> tuple[Runner, Scripted]:
+    """A runner of `graph`, whose engines must be one scripted engine."""
+    (name,) = graph.engines
+    engine = Scripted(ScriptedOptions.model_validate(graph.engines[name].options), model="script")
+    return Runner(graph, {name: engine}), engine
