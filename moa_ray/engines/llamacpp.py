@@ -1,8 +1,8 @@
 """A GGUF model in this process: llama.cpp's server by way of `xllamacpp`, spoken to over a private Unix socket.
 
-The socket lies in a folder that only this user may enter, so no port is open to anybody. Talking HTTP to a
-server in one's own process costs well under a millisecond a call and has what its direct call lacks: it is
-asynchronous without a thread per stream, and closing the connection cuts a call off in its prefill as well.
+The socket lies in a folder that only this user may enter, so no port is open to anybody. The server could
+also be called directly, but that takes a blocked thread per stream, and callbacks that need the GIL while
+the engine closes; over the socket a stream is plain asyncio, and closing its connection cuts the call off.
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from moa_ray.engines import catalogue
 from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, FinishReason, Usage
-from moa_ray.errors import (
-    ContextOverflow,
-    EngineError,
-    EngineRefused,
-    EngineUnavailable,
-    ModelNotFound,
-)
+from moa_ray.errors import ContextOverflow, EngineError, EngineRefused, EngineUnavailable, ModelNotFound
 from moa_ray.graph.messages import Message
 from moa_ray.graph.spec import Resources
 
