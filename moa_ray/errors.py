@@ -119,9 +119,7 @@ class EngineError(MoARayError):
     http_status = 502
     retryable = True
 
-    def __init__(
-        self, message: str, *, engine: str = "", retry_after_s: float | None = None, hint: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, engine: str = "", retry_after_s: float | None = None, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.engine = engine
         self.retry_after_s = retry_after_s

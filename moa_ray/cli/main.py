@@ -115,7 +115,7 @@ def validate(spec: Spec, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps({"valid": True, **summary}))
     else:
-        counts = ", ".join(f"{count} {name}" for name, count in summary.items() if name != "name")
+        counts = ", ".join(f"{n} {name if n != 1 else name[:-1]}" for name, n in summary.items() if name != "name")
         typer.echo(f"{spec}: ok: {summary['name']}: {counts} a request")
 
 

@@ -18,25 +18,18 @@ app = typer.Typer(help="Models that run here.", no_args_is_help=True)
 @app.command("list")
 def list_models(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the models of the catalogue."""
-    rows = [
-        {
-            "name": model.name,
-            "present": catalogue.is_present(model.name),
-            "bytes": model.size,
-            "licence": model.licence,
-            "description": model.description,
-        }
-        for model in catalogue.CATALOGUE.values()
-    ]
+    models = [(model, catalogue.is_present(model.name)) for model in catalogue.CATALOGUE.values()]
     if as_json:
+        rows = [
+            {"name": m.name, "present": here, "bytes": m.size, "licence": m.licence, "description": m.description}
+            for m, here in models
+        ]
         typer.echo(json.dumps(rows))
         return
     table = Table("model", "here", "size", "licence", "what it is", box=None, header_style="bold")
-    for row in rows:
-        size = f"{row['bytes'] / 1e6:.0f} MB"
-        table.add_row(
-            str(row["name"]), "yes" if row["present"] else "no", size, str(row["licence"]), str(row["description"])
-        )
+    for model, here in models:
+        size = f"{model.size / 1e6:.0f} MB"
+        table.add_row(model.name, "yes" if here else "no", size, model.licence, model.description)
     Console().print(table)
     typer.echo("A path to a GGUF file and a Hugging Face id (org/repo[:file.gguf]) are models, too.")
 

@@ -4,9 +4,7 @@ Builds a graph's application (a router, one deployment per engine), joins or sta
 and offers the Python interface `MoA`. Touches `runtime`, `engines`, `graph`, `errors`.
 """
 
-from moa_ray.cluster.app import build
-from moa_ray.cluster.deploy import deploy
 from moa_ray.cluster.moa import MoA
 from moa_ray.cluster.session import Session
 
-__all__ = ["MoA", "Session", "build", "deploy"]
+__all__ = ["MoA", "Session"]

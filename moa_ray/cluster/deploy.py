@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -128,10 +129,17 @@ def _demand(graph: Graph, engine: str) -> dict[str, float]:
 
 
 def _failure(graph: Graph, status: Any) -> ClusterError:
-    """Why an engine's constructor failed: the last line of its traceback says it."""
+    """Why the application did not start, out of the traceback of the actor that failed."""
     for name in graph.engines:
         deployment = status.deployments.get(deployment_of(name))
         if deployment is not None and deployment.status == "DEPLOY_FAILED":
-            lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
-            return ClusterError(f"engine {name!r} did not start: {lines[-1] if lines else 'no reason given'}")
+            reason, hint = _last_words(deployment.message)
+            return ClusterError(f"engine {name!r} did not start: {reason}", hint=hint)
     return ClusterError(f"the application did not start: {status.message.strip()}")
+
+
+def _last_words(traceback: str) -> tuple[str, str]:
+    """The message and the hint of the error that a traceback ends with."""
+    lines = [line.strip() for line in traceback.splitlines() if line.strip()]
+    hint = lines.pop().removeprefix("hint: ") if lines and lines[-1].startswith("hint: ") else ""
+    return re.sub(r"^moa_ray\.errors\.\w+: ", "", lines[-1]) if lines else "no reason given", hint

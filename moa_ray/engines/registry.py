@@ -1,5 +1,6 @@
-"""Engine kinds by name: the built-in ones, and those that installed packages bring by the entry point
-group `moa_ray.engines`.
+"""Engine kinds by name: the built-in ones, and those of installed packages.
+
+A package brings its own by the entry point group `moa_ray.engines`.
 """
 
 from __future__ import annotations

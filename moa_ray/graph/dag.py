@@ -180,7 +180,9 @@ def _inputs(spec: GraphSpec, name: str, node: Node) -> Iterable[Problem]:
 
 def _dangling(path: Path, what: str, name: str, known: Iterable[str]) -> Problem:
     names = sorted(known)
-    return Problem(path, f"there is no {what} {name!r}", did_you_mean(name, names) or f"there are: {', '.join(names) or 'none'}")
+    return Problem(
+        path, f"there is no {what} {name!r}", did_you_mean(name, names) or f"there are: {', '.join(names) or 'none'}"
+    )
 
 
 def _mentions(spec: GraphSpec) -> Iterable[tuple[Path, str]]:
@@ -225,7 +227,11 @@ def _aggregator(spec: GraphSpec) -> Iterable[Problem]:
 
 def _policy(spec: GraphSpec, calls: tuple[Call, ...], finals: tuple[str, ...]) -> Iterable[Problem]:
     policy = spec.policy
-    smallest = min(sum(call.layer == layer for call in calls) for layer in {c.layer for c in calls}) if spec.layers else len(finals)
+    smallest = (
+        min(sum(call.layer == layer for call in calls) for layer in {c.layer for c in calls})
+        if spec.layers
+        else len(finals)
+    )
     if policy.quorum > smallest:
         where = "the smallest layer has" if spec.layers else "the aggregator sees"
         yield Problem(("policy", "quorum"), f"{policy.quorum} answers can never be had: {where} {smallest}")

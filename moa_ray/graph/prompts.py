@@ -87,7 +87,9 @@ class Prompt:
             system.append(_references_of_the_paper(self.proposals))
         elif self.proposals:
             turns = _append(turns, self._references())
-        head: list[Message] = [{"role": "system", "content": text} for text in ["\n\n".join(filter(None, system))] if text]
+        head: list[Message] = [
+            {"role": "system", "content": text} for text in ["\n\n".join(filter(None, system))] if text
+        ]
         return (*head, *turns)
 
     def _references(self) -> str:
@@ -97,8 +99,10 @@ class Prompt:
 
 
 def _append(turns: Sequence[Message], text: str) -> list[Message]:
-    """Text after the last turn: within it where that is the user's, since many chat templates refuse two
-    user messages in a row."""
+    """Text after the last turn: within it where that is the user's.
+
+    Many chat templates refuse two user messages in a row.
+    """
     last = turns[-1]
     if last["role"] != "user":
         return [*turns, {"role": "user", "content": text}]

@@ -79,7 +79,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], path: Path = ()) -> list[Problem]:
-    """pydantic's findings, in words that need no knowledge of pydantic."""
+    """Pydantic's findings, in words that need no knowledge of pydantic."""
     return [_problem(finding, model, path) for finding in error.errors(include_url=False, include_context=True)]
 
 
@@ -95,7 +95,9 @@ def _problem(finding: Any, model: type[BaseModel], path: Path) -> Problem:
         case "missing":
             return Problem(full, "is missing")
         case "literal_error":
-            word = did_you_mean(str(given), [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")])
+            word = did_you_mean(
+                str(given), [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
+            )
             return Problem(full, f"must be {context['expected']}, not {given!r}", word)
         case kind:
             return Problem(full, _WORDS.get(kind, "{msg}").format(**context, msg=finding["msg"]) + _not(kind, given))
@@ -139,9 +141,9 @@ def _hint_for_key(key: str, model: type[BaseModel], place: Path) -> str:
     if hint := did_you_mean(key, known):
         return hint
     for name, nested in model.model_fields.items():
-        if isinstance(nested.annotation, type) and issubclass(nested.annotation, BaseModel):
-            if key in nested.annotation.model_fields:
-                return f"it belongs under {name!r}"
+        inner = nested.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and key in inner.model_fields:
+            return f"it belongs under {name!r}"
     if place and key in model.model_fields:
         return "it belongs at the top level"
     return f"known keys: {', '.join(known)}" if known else ""

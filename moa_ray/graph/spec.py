@@ -14,15 +14,13 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 """Letters, digits, `.`, `_`, `-`: it becomes part of a Ray actor's name and of a model id."""
 
 
-
-
 def _branch(value: Any) -> str:
     """Which member of a union is meant: told by the form of what stands there, so that errors speak of that one."""
     if isinstance(value, Mapping):
         return "<rank>" if "rank" in value else "<mapping>"
-    return {VoteAggregator: "<mapping>", RankAggregator: "<rank>"}.get(
-        type(value), "<mapping>" if isinstance(value, BaseModel) else "<plain>"
-    )
+    if isinstance(value, RankAggregator):
+        return "<rank>"
+    return "<mapping>" if isinstance(value, BaseModel) else "<plain>"
 
 
 class _Strict(BaseModel):
@@ -80,9 +78,7 @@ class EngineSpec(BaseModel):
 class Agent(_Strict):
     """A persona on an engine."""
 
-    engine: Annotated[
-        Annotated[str, Tag("<plain>")] | Annotated[EngineSpec, Tag("<mapping>")], Discriminator(_branch)
-    ]
+    engine: Annotated[Annotated[str, Tag("<plain>")] | Annotated[EngineSpec, Tag("<mapping>")], Discriminator(_branch)]
     """A name from `engines`, or an engine of the agent's own, which gets its own actor."""
     system: str = ""
     """The agent's own instructions."""

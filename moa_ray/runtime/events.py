@@ -155,11 +155,16 @@ class RunFinished(Event):
 
 def to_json(event: Event) -> dict[str, Any]:
     """The public JSON form: `event` (the name) and the event's fields, times rounded to microseconds."""
-    return {"event": event.name, **{key: _plain(getattr(event, key)) for key in _keys(type(event))}}
+    return {"event": event.name, **_fields(event)}
+
+
+def _fields(value: Event | Usage) -> dict[str, Any]:
+    kind: Any = type(value)
+    return {key: _plain(getattr(value, key)) for key in _keys(kind)}
 
 
 @cache
-def _keys(cls: type) -> tuple[str, ...]:
+def _keys(cls: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls))
 
 
@@ -170,6 +175,6 @@ def _plain(value: Any) -> Any:
         case tuple():
             return list(value)
         case Usage():
-            return {key: getattr(value, key) for key in _keys(Usage)}
+            return _fields(value)
         case _:
             return value

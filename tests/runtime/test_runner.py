@@ -390,7 +390,7 @@ async def test_an_engine_whose_stream_just_stops_counts_as_failed() -> None:
     graph = panel(2)[0].graph
 
     class Silent(Scripted):
-        async def stream(self, request: EngineRequest):  # type: ignore[no-untyped-def,override]
+        async def stream(self, request: EngineRequest):  # type: ignore[no-untyped-def]
             async for chunk in super().stream(request):
                 if chunk.finish_reason is None:
                     yield chunk
