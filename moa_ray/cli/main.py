@@ -14,7 +14,7 @@ from rich.console import Console
 from moa_ray import __version__
 from moa_ray.cli import models
 from moa_ray.engines import registry
-from moa_ray.errors import MoARayError
+from moa_ray.errors import MoARayError, RequestError
 from moa_ray.graph import Graph, draw, json_schema, load
 
 app = typer.Typer(
@@ -129,8 +129,11 @@ def graph(
     picture = getattr(draw, form.value)(_checked(spec))
     if out is None:
         typer.echo(picture)
-    else:
+        return
+    try:
         out.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{out} cannot be written: {error.strerror}") from None
 
 
 @app.command()

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from moa_ray.engines import catalogue
@@ -41,7 +49,7 @@ def pull(name: Annotated[str, typer.Argument(help="Catalogue name, Hugging Face 
 
 
 def fetch(name: str) -> str:
-    """The model's file, downloaded with a progress bar on stderr where it is missing."""
+    """The model's file, downloaded where it is missing, with a progress bar on stderr."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,13 +57,20 @@ def fetch(name: str) -> str:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = None
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    task: TaskID | None = None
 
-        def show(done: int, total: int | None, label: str) -> None:
-            nonlocal task
-            if task is None:
-                task = bar.add_task(label)
-            bar.update(task, completed=done, total=total, description=label)
+    def show(done: int, total: int | None, label: str) -> None:  # never called for a model that is here
+        nonlocal task
+        if task is None:
+            bar.start()
+            task = bar.add_task(label)
+            if not console.is_terminal:
+                console.print(f"fetching {label}")
+        bar.update(task, completed=done, total=total, description=label)
 
+    try:
         return str(catalogue.resolve(name, progress=show))
+    finally:
+        bar.stop()

@@ -14,7 +14,7 @@ from rich.prompt import Prompt
 from moa_ray.cli import models
 from moa_ray.cli.view import DRAFTS_EVERY_S, View
 from moa_ray.cluster import MoA
-from moa_ray.errors import MoARayError
+from moa_ray.errors import MoARayError, ModelNotFound
 from moa_ray.graph import Graph, Message, conversation
 from moa_ray.runtime import RunFinished, RunOptions, to_json
 
@@ -68,12 +68,21 @@ def _show(moa: MoA, messages: Iterable[Message]) -> str:
     return text
 
 
+def _fetch_models(graph: Graph) -> None:
+    for name, spec in graph.engines.items():
+        if spec.kind == "llamacpp":
+            try:
+                models.fetch(spec.model)
+            except ModelNotFound as error:
+                place = graph.source.error((*graph.path_of_engine(name), "model"), error.message)
+                raise ModelNotFound(place.message, hint=error.hint) from None
+
+
 @contextmanager
 def _up(graph: Graph, address: str | None) -> Generator[MoA, None, None]:
     """The graph deployed, with a line on stderr that says what is being waited for."""
-    for spec in graph.engines.values():
-        if spec.kind == "llamacpp" and address is None:
-            models.fetch(spec.model)
+    if address is None:
+        _fetch_models(graph)
     console = Console(stderr=True)
     with console.status("Starting Ray…") as status:
 

@@ -115,7 +115,9 @@ class View:
         if record.call == (self._graph.answer.id if self._graph.answer else None):
             return ""
         words = " ".join(self._drafts.get(record.call, "").split())
-        return words[-_TAIL_LINES * width :] if len(words) > _TAIL_LINES * width else words
+        if len(words) <= _TAIL_LINES * width:
+            return words
+        return "… " + words[-_TAIL_LINES * width + 2 :].partition(" ")[2]
 
     # ------------------------------------------------------------------ the answer and after
 

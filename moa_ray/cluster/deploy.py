@@ -16,7 +16,7 @@ from moa_ray.engines import registry
 from moa_ray.errors import ClusterError, ResourcesShort
 from moa_ray.graph import Graph
 
-PLACE_TIMEOUT_S = 20.0
+PLACE_TIMEOUT_S = 15.0
 """How long a replica may wait for a free place in the cluster."""
 START_TIMEOUT_S = 600.0
 """How long all replicas together may take to load their models."""

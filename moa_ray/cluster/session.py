@@ -57,6 +57,7 @@ class Session:
 def _init(address: str) -> None:
     if address != "local":
         _check_reachable(address)
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # a refused token is told once, by us
     local = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local)

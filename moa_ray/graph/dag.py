@@ -82,8 +82,8 @@ def build(spec: GraphSpec, source: Source) -> Graph:
     Raises:
         SpecError: For names that are not there, cycles, and settings that contradict each other.
     """
-    problems = [*_shape(spec), *_names(spec), *_unused(spec), *_aggregator(spec)]
-    if problems:
+    problems = [*_shape(spec), *_names(spec), *_aggregator(spec)]
+    if problems := problems or list(_unused(spec)):  # a misspelled name leaves another one unused
         raise source.errors(problems)
     try:
         calls, finals = _layered(spec) if spec.layers else _free(spec)

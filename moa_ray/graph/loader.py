@@ -98,22 +98,23 @@ def _variable(name: str, path: Path, problems: list[Problem]) -> str:
 
 
 def _parse(text: str, file: str) -> tuple[Any, Source]:
-    loader = yaml.SafeLoader(text)
     try:
-        root = loader.get_single_node()
-        if root is None:
-            raise SpecError("the file is empty", file=file, line=1)
-        lines: dict[Path, int] = {(): root.start_mark.line + 1}
-        _Lines(file, lines).walk(root, ())
-        return loader.construct_document(root), Source(file, lines)
+        loader = yaml.SafeLoader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                raise SpecError("the file is empty", file=file, line=1)
+            lines: dict[Path, int] = {(): root.start_mark.line + 1}
+            _Lines(file, lines).walk(root, ())
+            return loader.construct_document(root), Source(file, lines)
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         words = " ".join(filter(None, (error.problem, error.context)))
         raise SpecError(f"this is no YAML: {words}", file=file, line=mark.line + 1 if mark else 0) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: dates and numbers that YAML's own rules break on
         raise SpecError(f"this is no YAML: {str(error).splitlines()[0]}", file=file) from None
-    finally:
-        loader.dispose()
 
 
 class _Lines:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from moa_ray.errors import SpecError
+from moa_ray.graph.spec import NAME_PATTERN
 
 Path = tuple[str | int, ...]
 """Keys and list indices from the top of the document."""
@@ -99,13 +100,16 @@ def _problem(finding: Any, model: type[BaseModel], path: Path) -> Problem:
                 str(given), [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
             )
             return Problem(full, f"must be {context['expected']}, not {given!r}", word)
+        case "string_pattern_mismatch" if context["pattern"] == NAME_PATTERN:
+            return Problem(full, f"{given!r} is no name: use letters, digits, '.', '_' and '-', 63 at most")
         case kind:
-            return Problem(full, _WORDS.get(kind, "{msg}").format(**context, msg=finding["msg"]) + _not(kind, given))
+            limits = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
+            return Problem(full, _WORDS.get(kind, "{msg}").format(**limits, msg=finding["msg"]) + _not(kind, given))
 
 
 _WORDS = {
     "string_type": "must be text",
-    "string_pattern_mismatch": "is no name: use letters, digits, '.', '_' and '-', 63 at most",
+    "string_pattern_mismatch": "must have the form {pattern}",
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
@@ -136,8 +140,7 @@ def _not(kind: str, given: Any) -> str:
 
 def _hint_for_key(key: str, model: type[BaseModel], place: Path) -> str:
     """The key of the same mapping that was meant, or where a key of this name belongs."""
-    here = _model_at(model, place)
-    known = list(here.model_fields) if here else []
+    known = [name for here in _models_at(model, place) for name in here.model_fields]
     if hint := did_you_mean(key, known):
         return hint
     for name, nested in model.model_fields.items():
@@ -149,15 +152,13 @@ def _hint_for_key(key: str, model: type[BaseModel], place: Path) -> str:
     return f"known keys: {', '.join(known)}" if known else ""
 
 
-def _model_at(model: type[BaseModel], place: Path) -> type[BaseModel] | None:
-    """The model that describes the mapping at `place`: the deepest one that the keys lead to."""
-    current: type[BaseModel] | None = model
+def _models_at(model: type[BaseModel], place: Path) -> list[type[BaseModel]]:
+    """The models that may describe the mapping at `place`: those that the keys lead to."""
+    current = [model]
     for part in place:
-        if current is None:
-            return None
-        if isinstance(part, str) and part in current.model_fields:
-            candidates = _models_in(current.model_fields[part].annotation)
-            current = candidates[0] if len(candidates) == 1 else None
+        fields = [m.model_fields[part] for m in current if isinstance(part, str) and part in m.model_fields]
+        if fields:  # else the key of a mapping or the index of a list: its items are of the same models
+            current = [inner for field in fields for inner in _models_in(field.annotation)]
     return current
 
 

@@ -1,0 +1,24 @@
+"""The command line as its users have it: a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "moa_ray.cli"]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without what would join a test's cluster."""
+    kept = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return {**kept, "COLUMNS": "120", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def moa_ray(*args: str, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `moa-ray` to its end; bounded."""
+    return subprocess.run(
+        [*COMMAND, *args], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=180, env=environment()
+    )

@@ -1,0 +1,96 @@
+"""Every snippet of the README, of docs/ and of examples/ is executed here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moa_ray.engines import registry
+from moa_ray.engines.protocol import EngineRequest
+from moa_ray.graph import Graph, load, loads
+from tests.commands import ROOT, moa_ray
+from tests.conftest import EXAMPLES
+
+README = ROOT / "README.md"
+ENGINES = ROOT / "docs" / "engines.md"
+CALLS = {"quickstart": 4, "four_by_three": 13, "together": 13, "self_moa": 5, "dag": 5}
+
+
+def snippets(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("TOGETHER_API_KEY", "none")
+    return lambda name: load(EXAMPLES / f"{name}.yaml")
+
+
+def test_every_example_is_listed_here() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_example_is_valid_and_makes_its_number_of_calls(example: Any, name: str) -> None:
+    graph: Graph = example(name)
+    registry.check(graph)
+    assert len(graph.calls) + (graph.answer is not None) == CALLS[name]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "four_by_three", "self_moa", "dag"])
+@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_example_runs_with_its_real_model(example: Any, name: str) -> None:
+    from moa_ray import MoA
+
+    with MoA(example(name)) as moa:
+        result = moa.run("What is water made of?")
+    assert {record.state for record in result.agents} == {"finished"}
+    assert len(result.agents) == CALLS[name]
+    assert result.text.strip() and result.usage.completion_tokens > CALLS[name]
+
+
+def test_the_yaml_of_the_readme_and_of_docs_is_valid() -> None:
+    for path in (README, ENGINES):
+        for text in snippets(path, "yaml"):
+            registry.check(loads(text, file=path.name))
+
+
+@pytest.mark.xdist_group("ray")
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    (tmp_path / "panel.yaml").write_text(snippets(README, "yaml")[0])
+    lines = [line for text in snippets(README, "console") for line in text.splitlines() if "$ moa-ray" in line]
+    assert len(lines) >= 7
+    for line in lines:
+        command = re.split(r" +#| > ", line.partition("$ moa-ray ")[2])[0].replace("…", "Why is the sky blue?")
+        done = moa_ray(*shlex.split(command), cwd=tmp_path, stdin="And why is grass green?\n")
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert done.stdout.strip()
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    for text in snippets(README, "python"):
+        exec(compile(text, str(README), "exec"), {})
+    assert "answer" in capsys.readouterr().out
+
+
+async def test_the_engine_of_the_docs_works() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(snippets(ENGINES, "python")[0], str(ENGINES), "exec"), names)
+    engine = await names["Shout"].create("m", names["ShoutOptions"](marks=2), num_cpus=1)
+    chunks = [c async for c in engine.stream(EngineRequest("r", ({"role": "user", "content": "why not"},)))]
+    assert "".join(chunk.text for chunk in chunks) == "WHY NOT !!"
+
+
+@pytest.mark.parametrize("kind", ["llamacpp", "openai", "scripted"])
+def test_every_key_of_an_engine_is_in_the_docs(kind: str) -> None:
+    section = ENGINES.read_text().split(f"## `{kind}`")[1].split("\n## ")[0]
+    options = registry.kind_of(loads(snippets(ENGINES, "yaml")[0]).engines["script"].model_copy(update={"kind": kind}))
+    assert {key for key in options.Options.model_fields if f"`{key}`" not in section} == set()
