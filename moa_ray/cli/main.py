@@ -6,13 +6,13 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from moa_ray import __version__
-from moa_ray.cli import models
+from moa_ray.cli import models, moe
 from moa_ray.engines import registry
 from moa_ray.errors import MoARayError, RequestError
 from moa_ray.graph import Graph, draw, json_schema, load
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(models.app, name="models")
+app.add_typer(moe.app, name="moe")
 
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="The graph's YAML file.", show_default=False)]
 Address = Annotated[
@@ -36,6 +37,10 @@ Address = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else.")]
+
+
+_EXTRA_OF = {"torch": "moe", "safetensors": "moe", "matplotlib": "moe"}
+"""Extra of the package that brings a module."""
 
 
 class Picture(StrEnum):
@@ -51,14 +56,23 @@ def main() -> None:
     try:
         app()
     except MoARayError as error:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[bold red]error:[/] {_escaped(error.message)}")
-        if error.hint:
-            console.print(f"[dim]hint:[/]  {_escaped(error.hint)}")
-        sys.exit(error.exit_code)
+        _fail(error)
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _fail(MoARayError(f"{error.name} is not installed", hint=f"pip install 'moa-ray[{extra}]'"))
     except BrokenPipeError:  # the reader of our stdout left, as `head` does
         sys.stderr.close()
         sys.exit(1)
+
+
+def _fail(error: MoARayError) -> NoReturn:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {_escaped(error.message)}")
+    if error.hint:
+        console.print(f"[dim]hint:[/]  {_escaped(error.hint)}")
+    sys.exit(error.exit_code)
 
 
 def _escaped(text: str) -> str:

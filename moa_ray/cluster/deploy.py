@@ -100,6 +100,7 @@ def _unplaced(graph: Graph, app: str) -> list[str]:
     return [
         name
         for name in graph.engines
+        if _demand(graph, name)
         for replica in details.get(deployment_of(name), {}).get("replicas", [])
         if replica["state"] == "STARTING" and not replica.get("node_id")
     ]

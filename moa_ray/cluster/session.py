@@ -61,8 +61,13 @@ def _init(address: str) -> None:
     local = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare Exceptions here
+        ray.shutdown()
         reason = str(error).strip().splitlines()[0]
+        if address == "local":
+            raise ClusterError(
+                f"a local Ray cluster did not start: {reason}", hint="`ray stop` ends leftovers"
+            ) from error
         raise ClusterError(
             f"cannot join the Ray cluster at {address}: {reason}",
             hint="check --address or RAY_ADDRESS, the cluster's Ray version, and its token (RAY_AUTH_TOKEN)",
