@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import deque
 from collections.abc import AsyncGenerator
+from itertools import accumulate, takewhile
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -32,7 +32,7 @@ _ERRORS: dict[str, type[EngineError]] = {
     "overloaded": EngineOverloaded,
     "refused": EngineRefused,
 }
-_REMEMBERED_PROMPTS = 256
+_REMEMBERED_PREFIXES = 100_000
 
 
 class Fault(BaseModel):
@@ -107,7 +107,7 @@ class Scripted:
         self.decoded = 0
         self.active = 0
         self._calls_of: dict[str, int] = {}
-        self._seen: deque[list[str]] = deque(maxlen=_REMEMBERED_PROMPTS)
+        self._prefixes: dict[int, None] = {}  # hashes of all prefixes of earlier prompts, the oldest first
         self._slots = asyncio.Semaphore(self.options.concurrency) if self.options.concurrency else None
 
     @classmethod
@@ -126,9 +126,8 @@ class Scripted:
     async def warm(self, request: EngineRequest) -> Usage:
         """Take the prompt into the prefix cache, in the time that its prefill takes."""
         prompt = _tokens_of(request.messages)
-        cached = self._cached(prompt)
+        cached = self._prefill(prompt)
         await asyncio.sleep((len(prompt) - cached) * self.options.prefill_s_per_token)
-        self._seen.append(prompt)
         return Usage(len(prompt), 0, cached)
 
     async def close(self) -> None:
@@ -155,8 +154,7 @@ class Scripted:
         prompt = _tokens_of(request.messages)
         self._check_window(len(prompt))
         fault = next((fault for fault in options.faults if fault.strikes(request.agent, number)), None)
-        cached = self._cached(prompt)
-        self._seen.append(prompt)
+        cached = self._prefill(prompt)
 
         tokens, finish_reason = self._reply(request, number)
         slow = options.slowdown.get(request.agent, 1.0)
@@ -189,8 +187,16 @@ class Scripted:
         if window is not None and prompt_tokens >= window:
             raise ContextOverflow(f"the prompt takes {prompt_tokens} of {window} tokens")
 
-    def _cached(self, prompt: list[str]) -> int:
-        return max((_common_prefix(prompt, seen) for seen in self._seen), default=0)
+    def _prefill(self, prompt: list[str]) -> int:
+        """Take a prompt into the prefix cache; returns how many of its first tokens were there."""
+        keys = list(accumulate(prompt, lambda key, token: hash((key, token)), initial=0))[1:]
+        cached = sum(1 for _ in takewhile(self._prefixes.__contains__, keys))
+        for key in reversed(keys):  # the shortest prefix last: without it the longer ones are of no use
+            self._prefixes.pop(key, None)
+            self._prefixes[key] = None
+        while len(self._prefixes) > _REMEMBERED_PREFIXES:
+            del self._prefixes[next(iter(self._prefixes))]
+        return cached
 
 
 async def _strike(fault: Fault) -> None:
@@ -205,10 +211,3 @@ def _tokens(text: str) -> list[str]:
 
 def _tokens_of(messages: tuple[Message, ...]) -> list[str]:
     return [token for message in messages for token in (f"<{message['role']}>", *message["content"].split())]
-
-
-def _common_prefix(left: list[str], right: list[str]) -> int:
-    for position, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return position
-    return min(len(left), len(right))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from math import inf, isinf
 from uuid import uuid4
@@ -37,6 +37,8 @@ from moa_ray.runtime.ledger import Ledger, RunResult
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
+_GATHER_S = 0.01
+"""Events that nobody waits for are held back so long, to cross an actor boundary in fewer messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +104,10 @@ class Runner:
     async def batches(
         self, prompt: str | Iterable[Message], options: RunOptions | None = None
     ) -> AsyncGenerator[list[Event], None]:
-        """Run one request, with the events that are there at the same time in one list.
+        """Run one request, with events that come close together in one list.
 
-        The last event of the last list is always `run.finished`. Closing the iterator cancels every
-        engine call of the run.
+        Text of the answer is passed on at once, all else after at most `_GATHER_S`. The last event of the last
+        list is always `run.finished`. Closing the iterator cancels every engine call of the run.
 
         Raises:
             RequestError: If the prompt is empty or malformed.
@@ -113,16 +115,10 @@ class Runner:
         """
         run = _Run(self, conversation(prompt), options or RunOptions())
         task = asyncio.create_task(run.execute())
-        task.add_done_callback(lambda _: run.events.put_nowait(None))
+        task.add_done_callback(lambda _: run.end())
         try:
-            while True:
-                batch = [await run.events.get()]
-                while not run.events.empty():
-                    batch.append(run.events.get_nowait())
-                if events := [event for event in batch if event is not None]:
-                    yield events
-                if None in batch:
-                    break
+            while batch := await run.batch():
+                yield batch
             await task
         finally:
             task.cancel()
@@ -153,7 +149,8 @@ class _Run:
         self.messages = tuple(messages)
         self.options = options
         self.id = f"run-{uuid4().hex[:12]}"
-        self.events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self.events: list[Event] = []
+        self.something, self.urgent, self.ended = asyncio.Event(), asyncio.Event(), False
         self.ledger = Ledger()
         self.clock = asyncio.get_running_loop().time
         self.started = self.clock()
@@ -166,7 +163,29 @@ class _Run:
 
     def emit(self, event: Event) -> None:
         self.ledger.add(event)
-        self.events.put_nowait(event)
+        self.events.append(event)
+        self.something.set()
+        if isinstance(event, AnswerDelta):
+            self.urgent.set()
+
+    async def batch(self) -> list[Event]:
+        """The next events; none at the end."""
+        await self.something.wait()
+        if not self.urgent.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GATHER_S):
+                    await self.urgent.wait()
+        events, self.events = self.events, []
+        if not self.ended:
+            self.something.clear()
+            self.urgent.clear()
+        return events
+
+    def end(self) -> None:
+        """There will be no more events."""
+        self.ended = True
+        self.something.set()
+        self.urgent.set()
 
     @property
     def now(self) -> float:
