@@ -1,29 +1,63 @@
-"""A graph as one Ray Serve application: a `router` deployment, and one deployment per engine."""
+"""Graphs as one Ray Serve application.
+
+    gateway ──▶ router.<graph> ──▶ engine.<graph>.<engine>
+
+A router per graph and a deployment per engine; with HTTP, a gateway in front. Every deployment has a version made of
+what it holds, so deploying again touches only what changed, and a change of prompts, temperatures or policies
+reaches running routers without a restart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import hashlib
+import json
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, SecretStr
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
+from moa_ray import __version__
 from moa_ray.cluster.engine_actor import EngineReplica, HandleEngine
+from moa_ray.cluster.gateway import Gateway
 from moa_ray.engines import registry
-from moa_ray.graph import EngineSpec, Graph, Message, Resources
+from moa_ray.graph import EngineSpec, Graph, Message, Resources, from_dict
 from moa_ray.graph.spec import Autoscaling
-from moa_ray.runtime import Event, Runner, RunOptions
+from moa_ray.runtime import EngineLoad, Event, Meter, Runner, RunOptions
 
-ROUTER = "router"
-_ROUTER_REQUESTS = 1000
-"""Requests that one router replica holds; they wait on engines, so this is memory, not work."""
+GATEWAY = "gateway"
+_UNBOUNDED = 100_000
+"""Requests that a router or gateway holds; they wait on engines, so this is memory, not work. The gateway admits."""
+_SHUTDOWN_POLL_S = 0.5
 
 
-def deployment_of(engine: str) -> str:
-    """Name of an engine's deployment; the prefix keeps engines from taking the router's name."""
-    return f"engine-{engine}"
+@dataclass(frozen=True, slots=True)
+class Http:
+    """A gateway in front of the routers.
+
+    Args:
+        create_app: Makes the ASGI application of a replica; called with a `RouterBackend` and `settings`.
+        settings: What it is set to; anything that pickles.
+        replicas: How many gateways.
+    """
+
+    create_app: Callable[[Any, Any], Any]
+    settings: Any
+    replicas: int = 1
+
+
+def router_of(graph: str) -> str:
+    """Name of a graph's router deployment."""
+    return f"router.{graph}"
+
+
+def deployment_of(graph: str, engine: str) -> str:
+    """Name of an engine's deployment."""
+    return f"engine.{graph}.{engine}"
 
 
 class Router:
@@ -35,24 +69,79 @@ class Router:
     """
 
     def __init__(self, graph: Graph, engines: dict[str, DeploymentHandle[Any]]) -> None:
-        self._runner = Runner(graph, {name: HandleEngine(name, handle) for name, handle in engines.items()})
+        self._engines = {name: HandleEngine(name, handle) for name, handle in engines.items()}
+        self._secret = graph.engines
+        self._meter = Meter()
+        self._use(graph)
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        """Take another spec over the same engines; requests that run keep the one they began with."""
+        self._use(from_dict(config["spec"]))
+
+    def _use(self, graph: Graph) -> None:
+        self._graph = graph
+        self._runner = Runner(graph, self._engines)
 
     async def stream(self, messages: list[Message], options: RunOptions) -> AsyncGenerator[list[Event], None]:
         """Run one request; what happens at the same time travels in one message."""
         async for batch in self._runner.batches(messages, options):
+            for event in batch:
+                self._meter.add(event)
             yield batch
 
+    async def load(self) -> dict[str, EngineLoad]:
+        """What this replica sent to each engine of late."""
+        return self._meter.load()
 
-def build(graph: Graph) -> Application:
-    """The Serve application of `graph`."""
-    engines = {name: _engine(name, spec) for name, spec in graph.engines.items()}
-    router = serve.deployment(
-        Router, name=ROUTER, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_ROUTER_REQUESTS
+    async def ready(self) -> bool:
+        """Whether every engine answers."""
+        for engine in self._engines.values():
+            await engine.info()
+        return True
+
+    async def graph(self) -> Graph:
+        """The graph as it is now, the engines' secrets included."""
+        scaled = {
+            name: self._secret[name].model_copy(
+                update={"replicas": spec.replicas, "max_ongoing_requests": spec.max_ongoing_requests}
+            )
+            for name, spec in self._graph.engines.items()
+        }
+        return self._graph.with_engines(scaled)
+
+
+def build(graphs: Sequence[Graph], http: Http | None = None) -> Application:
+    """The Serve application of `graphs`; with `http`, its root is the gateway, else the first graph's router."""
+    routers = {graph.spec.name: _router(graph) for graph in graphs}
+    if http is None:
+        return next(iter(routers.values()))
+    gateway = _deployment(
+        serve.ingress()(Gateway),
+        GATEWAY,
+        version=_hash(sorted(routers), http.settings),
+        num_replicas=http.replicas,
+        max_ongoing_requests=_UNBOUNDED,
+        ray_actor_options={"num_cpus": 0},
+        **_patience(graphs),
+    )
+    return gateway.bind(http.create_app, http.settings, routers)
+
+
+def _router(graph: Graph) -> Application:
+    engines = {name: _engine(graph, name, spec) for name, spec in graph.engines.items()}
+    router = _deployment(
+        Router,
+        router_of(graph.spec.name),
+        version=_hash([_content(spec) for _, spec in sorted(graph.engines.items())], sorted(engines)),
+        user_config={"spec": graph.spec.model_dump(mode="json")},
+        max_ongoing_requests=_UNBOUNDED,
+        ray_actor_options={"num_cpus": 0},
+        **_patience([graph]),
     )
     return router.bind(graph, engines)
 
 
-def _engine(name: str, spec: EngineSpec) -> Application:
+def _engine(graph: Graph, name: str, spec: EngineSpec) -> Application:
     scaling: dict[str, Any] = {"num_replicas": spec.replicas}
     if isinstance(spec.replicas, Autoscaling):
         scaling = {
@@ -62,13 +151,47 @@ def _engine(name: str, spec: EngineSpec) -> Application:
                 target_ongoing_requests=spec.replicas.target_ongoing_requests,
             )
         }
-    return serve.deployment(
+    deployment = _deployment(
         EngineReplica,
-        name=deployment_of(name),
+        deployment_of(graph.spec.name, name),
+        version=_hash(_content(spec)),
         ray_actor_options=actor_options(registry.resources_of(spec)),
         max_ongoing_requests=spec.max_ongoing_requests,
         **scaling,
-    ).bind(spec)
+        **_patience([graph]),
+    )
+    return deployment.bind(spec)
+
+
+def _deployment(cls: type, name: str, *, version: str, **options: Any) -> serve.Deployment:
+    # Serve would give each deploy a random version, and so restart everything at each.
+    return serve.deployment(cls, name=name, **options).options(version=version, _internal=True)
+
+
+def _patience(graphs: Sequence[Graph]) -> dict[str, float]:
+    """A replica that is taken away finishes what it has begun."""
+    longest = max(graph.spec.limits.deadline_s or graph.spec.policy.deadline_s for graph in graphs)
+    return {"graceful_shutdown_timeout_s": longest, "graceful_shutdown_wait_loop_s": _SHUTDOWN_POLL_S}
+
+
+def _content(spec: EngineSpec) -> dict[str, Any]:
+    """What makes an engine's replica what it is; the number of replicas does not."""
+    return spec.model_dump(exclude={"replicas", "max_ongoing_requests"})
+
+
+def _hash(*content: Any) -> str:
+    text = json.dumps([__version__, *content], sort_keys=True, default=_revealed)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _revealed(value: Any) -> Any:
+    match value:
+        case SecretStr():
+            return value.get_secret_value()
+        case BaseModel():
+            return value.model_dump()
+        case _:
+            return repr(value)
 
 
 def actor_options(resources: Resources) -> dict[str, Any]:

@@ -1,25 +1,27 @@
-"""Bring a graph's application up, and say within a bounded time why it does not come up."""
+"""Bring an application up, and say within a bounded time why it does not come up."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from moa_ray.cluster.app import actor_options, build, deployment_of
+from moa_ray.cluster.app import Http, actor_options, build, deployment_of
 from moa_ray.engines import registry
 from moa_ray.errors import ClusterError, ResourcesShort
-from moa_ray.graph import Graph
+from moa_ray.graph import EngineSpec, Graph
 
 PLACE_TIMEOUT_S = 15.0
 """How long a replica may wait for a free place in the cluster."""
 START_TIMEOUT_S = 600.0
 """How long all replicas together may take to load their models."""
+_ABANDON_TIMEOUT_S = 10.0
 _POLL_S = 0.1
 
 Progress = Callable[[dict[str, tuple[int, int]]], None]
@@ -27,36 +29,63 @@ Progress = Callable[[dict[str, tuple[int, int]]], None]
 
 
 def deploy(
-    graph: Graph, app: str, *, may_grow: bool = False, progress: Progress | None = None
-) -> serve.handle.DeploymentHandle[Any]:
-    """Deploy `graph` as the Serve application `app` and wait until every engine is ready.
+    graphs: Sequence[Graph],
+    app: str,
+    *,
+    http: Http | None = None,
+    route_prefix: str | None = None,
+    may_grow: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Deploy `graphs` as the Serve application `app`, or update it, and wait until every engine is ready.
 
     Args:
-        graph: The graph.
+        graphs: The graphs.
         app: Name of the application.
+        http: A gateway in front; None for none.
+        route_prefix: Where the gateway answers; None for nowhere.
         may_grow: Whether the cluster may get nodes that it does not have yet.
         progress: Called whenever the number of ready replicas changes.
 
-    Returns:
-        The handle of the router.
-
     Raises:
         ResourcesShort: If a replica finds no place within `PLACE_TIMEOUT_S`.
-        ClusterError: If an engine cannot start. Nothing of the application is left behind.
+        ClusterError: If an engine cannot start. Nothing of a new application is left behind; of one that was
+            there, what ran before still runs.
     """
     if not may_grow:
-        _check_feasible(graph)
-    target = serve.RunTarget(build(graph), name=app, route_prefix=None)
+        _check_feasible(graphs)
+    was_there = app in serve.status().applications
+    target = serve.RunTarget(build(graphs, http), name=app, route_prefix=route_prefix)
     try:
-        (handle,) = serve.run_many([target], wait_for_applications_running=False)
-        _wait(graph, app, progress)
+        serve.run_many([target], wait_for_applications_running=False)
+        _wait(graphs, app, progress)
     except BaseException:
-        serve.delete(app, _blocking=False)
+        if not was_there:
+            _abandon(app)
         raise
-    return handle
 
 
-def _wait(graph: Graph, app: str, progress: Progress | None) -> None:
+def _abandon(app: str) -> None:
+    """Delete an application that did not come up, without the patience that running requests deserve."""
+    serve.delete(app, _blocking=False)
+    give_up = time.monotonic() + _ABANDON_TIMEOUT_S
+    # Serve would wait as long for a replica that never found a place as for one that is answering.
+    while app in serve.status().applications and time.monotonic() < give_up:
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["name"].startswith(f"SERVE_REPLICA::{app}#"):
+                with suppress(ValueError):  # it is gone already
+                    ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+        time.sleep(_POLL_S)
+
+
+def _engines(graphs: Sequence[Graph]) -> Iterator[tuple[Graph, str, EngineSpec, str]]:
+    """Every engine: its graph, name, spec and deployment."""
+    for graph in graphs:
+        for name, spec in graph.engines.items():
+            yield graph, name, spec, deployment_of(graph.spec.name, name)
+
+
+def _wait(graphs: Sequence[Graph], app: str, progress: Progress | None) -> None:
     started = time.monotonic()
     told: dict[str, tuple[int, int]] = {}
     while True:
@@ -65,51 +94,57 @@ def _wait(graph: Graph, app: str, progress: Progress | None) -> None:
         if status is not None:
             ready = {
                 name: (running.replica_states.get("RUNNING", 0), sum(running.replica_states.values()))
-                for name in graph.engines
-                if (running := status.deployments.get(deployment_of(name))) is not None
+                for _, name, _, deployment in _engines(graphs)
+                if (running := status.deployments.get(deployment)) is not None
             }
             if progress and ready != told:
                 progress(ready)
                 told = ready
             if status.status == ApplicationStatus.RUNNING:
                 return
-            if status.status == ApplicationStatus.DEPLOY_FAILED:
-                raise _failure(graph, status)
-        if waited_s > PLACE_TIMEOUT_S and (unplaced := _unplaced(graph, app)):
-            raise _short(graph, unplaced[0])
+            if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise _failure(graphs, status)
+        if waited_s > PLACE_TIMEOUT_S and (unplaced := _unplaced(graphs, app)):
+            raise _short(*unplaced)
         if waited_s > START_TIMEOUT_S:
             raise ClusterError(f"the engines of {app} did not come up within {START_TIMEOUT_S:g} s")
         time.sleep(_POLL_S)
 
 
-def _check_feasible(graph: Graph) -> None:
+def _check_feasible(graphs: Sequence[Graph]) -> None:
     """An engine that no node could ever hold need not be waited for."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name in graph.engines:
-        demand = _demand(graph, name)
+    for graph, name, spec, _ in _engines(graphs):
+        demand = _demand(spec)
         if not any(all(node.get(key, 0) >= amount for key, amount in demand.items()) for node in nodes):
-            raise _short(graph, name)
+            raise _short(graph, name, spec)
 
 
-def _unplaced(graph: Graph, app: str) -> list[str]:
-    """Engines with a replica that Ray has not found a node for."""
+def _unplaced(graphs: Sequence[Graph], app: str) -> tuple[Graph, str, EngineSpec] | None:
+    """An engine with a replica that Ray has not found a node for."""
+    details = _details(app)
+    for graph, name, spec, deployment in _engines(graphs):
+        replicas = details.get(deployment, {}).get("replicas", [])
+        if _demand(spec) and any(r["state"] == "STARTING" and not r.get("node_id") for r in replicas):
+            return graph, name, spec
+    return None
+
+
+def _details(app: str) -> dict[str, Any]:
+    """Serve's own account of each deployment of `app`."""
     # Serve's public status does not tell a replica that waits for a node from one that loads its model.
     from ray.serve.context import _get_global_client
 
-    details = _get_global_client().get_serve_details()["applications"].get(app, {}).get("deployments", {})
-    return [
-        name
-        for name in graph.engines
-        if _demand(graph, name)
-        for replica in details.get(deployment_of(name), {}).get("replicas", [])
-        if replica["state"] == "STARTING" and not replica.get("node_id")
-    ]
+    deployments: dict[str, Any] = (
+        _get_global_client().get_serve_details()["applications"].get(app, {}).get("deployments")
+    )
+    return deployments or {}
 
 
-def _short(graph: Graph, engine: str) -> ResourcesShort:
+def _short(graph: Graph, engine: str, spec: EngineSpec) -> ResourcesShort:
     """Which resource is short for a replica of `engine`, in words."""
     total, free = ray.cluster_resources(), ray.available_resources()
-    demand = _demand(graph, engine)
+    demand = _demand(spec)
     # The scarcest one: least free for what is wanted.
     key = min(demand, key=lambda name: free.get(name, 0) - demand[name])
     fits = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(key, 0) >= demand[key]]
@@ -121,20 +156,20 @@ def _short(graph: Graph, engine: str) -> ResourcesShort:
     )
 
 
-def _demand(graph: Graph, engine: str) -> dict[str, float]:
-    options = actor_options(registry.resources_of(graph.engines[engine]))
+def _demand(spec: EngineSpec) -> dict[str, float]:
+    options = actor_options(registry.resources_of(spec))
     demand = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], **options.get("resources", {})}
     if "accelerator_type" in options:
         demand[f"accelerator_type:{options['accelerator_type']}"] = 0.001
     return {key: amount for key, amount in demand.items() if amount}
 
 
-def _failure(graph: Graph, status: Any) -> ClusterError:
+def _failure(graphs: Sequence[Graph], status: Any) -> ClusterError:
     """Why the application did not start, out of the traceback of the actor that failed."""
-    for name in graph.engines:
-        deployment = status.deployments.get(deployment_of(name))
-        if deployment is not None and deployment.status == "DEPLOY_FAILED":
-            reason, hint = _last_words(deployment.message)
+    for _, name, _, deployment in _engines(graphs):
+        details = status.deployments.get(deployment)
+        if details is not None and details.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            reason, hint = _last_words(details.message)
             return ClusterError(f"engine {name!r} did not start: {reason}", hint=hint)
     return ClusterError(f"the application did not start: {status.message.strip()}")
 

@@ -11,13 +11,14 @@ from typing import Any
 from uuid import uuid4
 
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from moa_ray.cluster.app import router_of
 from moa_ray.cluster.deploy import Progress, deploy
 from moa_ray.cluster.session import Session
+from moa_ray.cluster.translate import error_of_run
 from moa_ray.engines import registry
-from moa_ray.errors import ClusterError, MoARayError
 from moa_ray.graph import Graph, Message, conversation, load
 from moa_ray.runtime import Event, RunOptions, RunResult
 
@@ -45,11 +46,12 @@ class MoA:
         self._closed = False
         self._session = Session(address)
         try:
-            handle = deploy(graph, self.app, may_grow=not self._session.owned, progress=progress)
+            deploy([graph], self.app, may_grow=not self._session.owned, progress=progress)
+            router: Any = serve.get_deployment_handle(router_of(graph.spec.name), self.app)
         except BaseException:
             self._session.close()
             raise
-        self._handle = handle.options(method_name="stream", stream=True)
+        self._handle = router.options(method_name="stream", stream=True)
         atexit.register(self.close)
 
     @classmethod
@@ -81,7 +83,7 @@ class MoA:
             for batch in response:
                 yield from batch
         except (RayError, RayServeException) as error:
-            raise _translated(error) from None
+            raise error_of_run(error) from None
         finally:
             response.cancel()
 
@@ -98,7 +100,7 @@ class MoA:
                 for event in batch:
                     yield event
         except (RayError, RayServeException) as error:
-            raise _translated(error) from None
+            raise error_of_run(error) from None
         finally:
             response.cancel()
 
@@ -127,12 +129,3 @@ class MoA:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
-
-
-def _translated(error: Exception) -> MoARayError:
-    """The error that ended a run, out of Ray's wrapping."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, MoARayError):
-        return cause
-    first_line = (str(cause).strip().splitlines() or [""])[0]
-    return ClusterError(f"the router failed: {type(cause).__name__}: {first_line}")

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from math import isinf
+from typing import Any
 
 from moa_ray.engines.protocol import Chunk
 
@@ -22,20 +23,23 @@ async def coalesce(chunks: AsyncGenerator[Chunk, None], flush_s: float) -> Async
     first: float | None = None
     last = -flush_s
     text: list[str] = []
+    tools: list[dict[str, Any]] = []
     tokens = 0
     async with aclosing(chunks) as source:
         async for chunk in source:
             now = clock()
-            if first is None and chunk.text:
+            if first is None and (chunk.text or chunk.tool_calls):
                 first = now
             text.append(chunk.text)
+            tools += chunk.tool_calls
             tokens += chunk.tokens
             if chunk.finish_reason is not None:
                 ttft_s = chunk.ttft_s if chunk.ttft_s is not None else (first or now) - received
-                yield replace(chunk, text="".join(text), tokens=tokens, ttft_s=ttft_s)
+                yield replace(chunk, text="".join(text), tokens=tokens, ttft_s=ttft_s, tool_calls=tuple(tools))
                 return
             if now - last >= flush_s and not isinf(flush_s):
-                yield Chunk("".join(text), tokens)
+                yield Chunk("".join(text), tokens, tool_calls=tuple(tools))
                 text.clear()
+                tools.clear()
                 tokens = 0
                 last = now

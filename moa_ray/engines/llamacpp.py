@@ -115,9 +115,10 @@ class LlamaCpp:
                 usage = _usage_of(event) or usage
                 for choice in event["choices"]:
                     finish_reason = choice["finish_reason"] or finish_reason
-                    if text := choice["delta"].get("content"):
+                    text, tool_calls = choice["delta"].get("content") or "", choice["delta"].get("tool_calls") or ()
+                    if text or tool_calls:
                         decoded = event["timings"]["predicted_n"]
-                        yield Chunk(text, decoded - counted)
+                        yield Chunk(text, decoded - counted, tool_calls=tuple(tool_calls))
                         counted = decoded
         if finish_reason is None:
             raise EngineUnavailable(f"{self.model}: the answer broke off")
@@ -235,6 +236,7 @@ def _payload(request: EngineRequest) -> dict[str, Any]:
         # Without events in the prefill, llama.cpp would notice a closed connection only after it.
         "return_progress": True,
         **{key: value for key, value in given.items() if value is not None},
+        **request.extra,
     }
 
 

@@ -33,6 +33,7 @@ _BYTES_PER_TOKEN = 3.5
 """Of English text, on the low side; an endpoint does not tell how it counts."""
 _TOKENS_PER_MESSAGE = 4
 _LONGEST_REASON = 300
+_FINISH: dict[str, FinishReason] = {"length": "length", "tool_calls": "tool_calls"}
 
 
 class OpenAIOptions(BaseModel):
@@ -108,7 +109,7 @@ class OpenAIEngine:
                 messages=cast(Any, list(request.messages)),
                 stream=True,
                 stream_options={"include_usage": True},
-                extra_body=self.options.extra_body or None,
+                extra_body={**self.options.extra_body, **request.extra} or None,
                 **_fields(request.sampling),
             ) as response:
                 async for chunk in _chunks(self._events(response.iter_lines()), request.messages):
@@ -182,11 +183,13 @@ async def _chunks(events: AsyncIterator[dict[str, Any]], messages: tuple[Message
         if event.get("usage"):
             usage = _usage(event["usage"])
         for choice in event.get("choices") or ():
-            if text := (choice.get("delta") or {}).get("content"):
+            delta = choice.get("delta") or {}
+            text, tool_calls = delta.get("content") or "", tuple(delta.get("tool_calls") or ())
+            if text or tool_calls:
                 tokens += 1
-                yield Chunk(text, 1)
+                yield Chunk(text, 1, tool_calls=tool_calls)
             if reason := choice.get("finish_reason"):
-                finish = "length" if reason == "length" else "stop"
+                finish = _FINISH.get(reason, "stop")
     if finish is None:
         raise EngineUnavailable("the endpoint's stream ended before the answer did")
     yield Chunk(finish_reason=finish, usage=usage or Usage(_estimate(messages), tokens))

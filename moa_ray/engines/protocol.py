@@ -6,14 +6,14 @@ behind HTTP is the same thing to it. Everything here is a plain frozen dataclass
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from moa_ray.graph.messages import Message
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,8 @@ class EngineRequest:
         flush_s: The longest time (seconds) that generated text may be held back to travel in
             fewer messages: 0 sends every token by itself, inf the whole answer as one message.
         agent: Name of the agent that asks; the scripted engine picks its script by it.
+        extra: Further fields in OpenAI's words (`tools`, `tool_choice`, `response_format`), for engines that
+            speak its protocol.
     """
 
     id: str
@@ -48,6 +50,7 @@ class EngineRequest:
     sampling: Sampling = field(default_factory=Sampling)
     flush_s: float = 0.0
     agent: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +73,9 @@ class Usage:
 class Chunk:
     """A piece of a streamed answer.
 
-    Every chunk but the last has text. The last one has `finish_reason`, the call's `usage` and,
+    Every chunk but the last has text or tool calls. The last one has `finish_reason`, the call's `usage` and,
     where the engine held text back, `ttft_s`: seconds from the engine's receipt of the call to its
-    first token, which the receiver could not see.
+    first token, which the receiver could not see. `tool_calls` are deltas as OpenAI streams them.
     """
 
     text: str = ""
@@ -80,6 +83,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     ttft_s: float | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,11 @@ breaks are all set in the YAML. A token is a word with the white space behind it
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncGenerator
 from itertools import accumulate, takewhile
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -61,6 +62,22 @@ class Fault(BaseModel):
         return wanted and call >= self.first and (self.times is None or call < self.first + self.times)
 
 
+class ToolCall(BaseModel):
+    """A call of one of the caller's tools."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """The tool's name."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """What it is called with."""
+
+    def delta(self, id: str) -> dict[str, Any]:
+        """The call as OpenAI streams it."""
+        function = {"name": self.name, "arguments": json.dumps(self.arguments)}
+        return {"index": 0, "id": id, "type": "function", "function": function}
+
+
 class ScriptedOptions(BaseModel):
     """Keys of an engine of `kind: scripted`."""
 
@@ -70,6 +87,8 @@ class ScriptedOptions(BaseModel):
     """What is said. `{agent}`, `{call}` (that agent's call number) and `{prompt}` (the last message) are filled in."""
     replies: dict[str, str] = Field(default_factory=dict)
     """Replies of single agents, in place of `reply`."""
+    tool_call: ToolCall | None = None
+    """In place of a reply: a call of this tool, when the request offers tools and holds no result of one yet."""
     reply_tokens: PositiveInt | None = None
     """In place of a text: this many numbered tokens, `1 2 3 …`."""
     ttft_s: NonNegativeFloat = 0.0
@@ -156,6 +175,11 @@ class Scripted:
         fault = next((fault for fault in options.faults if fault.strikes(request.agent, number)), None)
         cached = self._prefill(prompt)
 
+        answered = any(message["role"] == "tool" for message in request.messages)
+        if options.tool_call and request.extra.get("tools") and not answered:
+            yield Chunk(tokens=1, tool_calls=(options.tool_call.delta(f"call_{number}"),))
+            yield Chunk(finish_reason="tool_calls", usage=Usage(len(prompt), 1, cached))
+            return
         tokens, finish_reason = self._reply(request, number)
         slow = options.slowdown.get(request.agent, 1.0)
         clock = asyncio.get_running_loop().time

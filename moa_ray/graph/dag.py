@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 
@@ -64,6 +65,17 @@ class Graph:
     def path_of_engine(self, name: str) -> Path:
         """Where the engine `name` is declared."""
         return ("engines", name) if name in self.spec.engines else ("agents", name, "engine")
+
+    def with_engines(self, engines: Mapping[str, EngineSpec]) -> Graph:
+        """The same graph over other engines of the same names."""
+        declared = {name: engines.get(name, spec) for name, spec in self.spec.engines.items()}
+        agents = {
+            name: agent.model_copy(update={"engine": engines.get(name, agent.engine)})
+            if isinstance(agent.engine, EngineSpec)
+            else agent
+            for name, agent in self.spec.agents.items()
+        }
+        return replace(self, spec=self.spec.model_copy(update={"engines": declared, "agents": agents}))
 
     @cached_property
     def depth(self) -> int:
@@ -225,13 +237,14 @@ def _aggregator(spec: GraphSpec) -> Iterable[Problem]:
                 yield Problem(("aggregator", "vote", "pattern"), f"this is no regular expression: {error}")
 
 
+def smallest_layer(calls: tuple[Call, ...], finals: tuple[str, ...], *, layered: bool) -> int:
+    """Answers that a quorum can count on: of the smallest layer, or in a free graph those that the aggregator sees."""
+    return min(Counter(call.layer for call in calls).values()) if layered else len(finals)
+
+
 def _policy(spec: GraphSpec, calls: tuple[Call, ...], finals: tuple[str, ...]) -> Iterable[Problem]:
     policy = spec.policy
-    smallest = (
-        min(sum(call.layer == layer for call in calls) for layer in {c.layer for c in calls})
-        if spec.layers
-        else len(finals)
-    )
+    smallest = smallest_layer(calls, finals, layered=bool(spec.layers))
     if policy.quorum > smallest:
         where = "the smallest layer has" if spec.layers else "the aggregator sees"
         yield Problem(("policy", "quorum"), f"{policy.quorum} answers can never be had: {where} {smallest}")

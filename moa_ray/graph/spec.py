@@ -155,6 +155,15 @@ class Policy(_Strict):
     """`barrier`: a layer starts when the one before is done, as in the paper."""
 
 
+class Limits(_Strict):
+    """How far a request may go beyond the policy."""
+
+    deadline_s: PositiveFloat | None = None
+    """Longest deadline that a request may ask for; not given: the policy's."""
+    retries: int | None = Field(None, ge=0, le=10)
+    """Most retries that a request may ask for; not given: the policy's."""
+
+
 class GraphSpec(_Strict):
     """A Mixture-of-Agents graph."""
 
@@ -183,6 +192,8 @@ class GraphSpec(_Strict):
     """Who of a layer answers."""
     policy: Policy = Policy()
     """What a request may cost and what it survives."""
+    limits: Limits = Limits()
+    """How far a request may go beyond the policy."""
     prompt: Literal["stable", "paper"] = "stable"
     """Where the proposals stand. `stable`: after the conversation, so that prefixes stay cached;
     `paper`: in the system message before it, as the reference implementation has it."""

@@ -19,6 +19,7 @@ from moa_ray.runtime.events import (
     to_json,
 )
 from moa_ray.runtime.ledger import CallRecord, Ledger, RunResult
+from moa_ray.runtime.meter import EngineLoad, Meter
 from moa_ray.runtime.runner import Runner, RunOptions
 
 __all__ = [
@@ -30,9 +31,11 @@ __all__ = [
     "AgentStarted",
     "AnswerDelta",
     "CallRecord",
+    "EngineLoad",
     "Event",
     "LayerStarted",
     "Ledger",
+    "Meter",
     "RunFinished",
     "RunOptions",
     "RunResult",

@@ -122,10 +122,11 @@ class AgentCancelled(AgentEvent):
 
 @dataclass(frozen=True, slots=True)
 class AnswerDelta(Event):
-    """More text of the final answer."""
+    """More text of the final answer, or of calls to the caller's tools, as OpenAI streams them."""
 
     name = "answer.delta"
     text: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,15 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from math import inf, isinf
+from typing import Any
 from uuid import uuid4
 
-from moa_ray.engines.protocol import Engine, EngineRequest, FinishReason, Sampling, Usage
+from moa_ray.engines.protocol import Chunk, Engine, EngineRequest, FinishReason, Sampling, Usage
 from moa_ray.errors import DeadlineExceeded, EngineError, EngineTimeout, EngineUnavailable, MoARayError, QuorumNotMet
 from moa_ray.graph import Call, Graph, Message, conversation
 from moa_ray.graph.prompts import Prompt
 from moa_ray.graph.spec import RankAggregator, VoteAggregator
-from moa_ray.runtime import choose, context
+from moa_ray.runtime import choose, context, limits
 from moa_ray.runtime.events import (
     AgentCancelled,
     AgentDelta,
@@ -48,10 +49,19 @@ class RunOptions:
     Args:
         draft_flush_s: The longest time that text of a proposal may be held back; inf sends no deltas.
         answer_flush_s: The same for the answer.
+        agent: Ask this agent alone, in place of the whole graph.
+        sampling: What the answer is to be sampled with; None leaves a value to the agent. A seed makes every call
+            of the run reproducible.
+        extra: Further fields for the answering engine, in OpenAI's words.
+        policy: Keys of the graph's policy with other values; see `limits`.
     """
 
     draft_flush_s: float = inf
     answer_flush_s: float = 0.02
+    agent: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +154,9 @@ class _Run:
 
     def __init__(self, runner: Runner, messages: list[Message], options: RunOptions) -> None:
         self.graph = runner.graph
-        self.policy = runner.graph.spec.policy
+        self.policy = limits.policy_for(runner.graph, options.policy)
+        self.answer_call = limits.answer_for(runner.graph, options.agent)
+        self.planned = () if options.agent else runner.graph.calls
         self.engines = runner.engines
         self.messages = tuple(messages)
         self.options = options
@@ -196,8 +208,7 @@ class _Run:
 
     async def execute(self) -> None:
         """Walk the graph; emit `run.finished`, and raise what made the run fail."""
-        answer_call = self.graph.answer
-        planned = len(self.graph.calls) + (answer_call is not None)
+        planned = len(self.planned) + (self.answer_call is not None)
         self.emit(RunStarted(self.id, 0.0, self.graph.spec.name, planned))
         result: _Answer | MoARayError
         try:
@@ -230,10 +241,11 @@ class _Run:
 
     async def _walk(self) -> _Answer | MoARayError:
         async with asyncio.TaskGroup() as group:
-            for call in self.graph.calls:  # topological order: the inputs of a call are tasks already
+            for call in self.planned:  # topological order: the inputs of a call are tasks already
                 self._join_task(group, call.inputs)
                 self.calls[call.id] = group.create_task(self._call(call))
-            proposals = await self._joined(self._join_task(group, self.graph.finals))
+            finals = self.graph.finals if self.planned else ()
+            proposals = await self._joined(self._join_task(group, finals))
             if isinstance(proposals, MoARayError):
                 result: _Answer | MoARayError = proposals
             else:
@@ -244,14 +256,14 @@ class _Run:
 
     async def _aggregate(self, proposals: list[Outcome]) -> _Answer | MoARayError:
         texts = [outcome.text for outcome in proposals]
-        aggregator, call = self.graph.spec.aggregator, self.graph.answer
-        if isinstance(aggregator, VoteAggregator):
+        aggregator, call = self.graph.spec.aggregator, self.answer_call
+        if isinstance(aggregator, VoteAggregator) and self.planned:
             return self._take(proposals, *choose.vote(texts, aggregator.vote))
         assert call is not None
         outcome = await self._ask(call, proposals)
         if outcome.error is not None:
             return outcome.error
-        if isinstance(aggregator, RankAggregator):
+        if self._ranks(call):
             return self._take(proposals, *choose.picked(outcome.text, len(texts)))
         return _Answer(outcome.text, call.id, outcome.finish_reason)
 
@@ -260,11 +272,15 @@ class _Run:
         self._answer_delta(chosen.text)
         return _Answer(chosen.text, chosen.call.id, chosen.finish_reason, note)
 
-    def _answer_delta(self, text: str) -> None:
+    def _ranks(self, call: Call) -> bool:
+        """Whether `call` names the best proposal, in place of answering."""
+        return call is self.graph.answer and isinstance(self.graph.spec.aggregator, RankAggregator)
+
+    def _answer_delta(self, text: str, tool_calls: tuple[dict[str, Any], ...] = ()) -> None:
         if self.answer_ttft_s is None:
             self.answer_ttft_s = self.now
         self.answer.append(text)
-        self.emit(AnswerDelta(self.id, self.now, text))
+        self.emit(AnswerDelta(self.id, self.now, text, tool_calls))
 
     # ------------------------------------------------------------------ joins
 
@@ -351,36 +367,37 @@ class _Run:
 
     async def _attempt(self, call: Call, inputs: list[Outcome], current: _Attempt) -> Outcome:
         engine = self.engines[self.graph.engine_of(call.agent)]
-        is_answer = call is self.graph.answer and not isinstance(self.graph.spec.aggregator, RankAggregator)
+        is_answer = call is self.answer_call and not self._ranks(call)
         flush_s = self.options.answer_flush_s if is_answer else self.options.draft_flush_s
         sampling = self._sampling(call)
         info = await engine.info()
         messages, trimmed = await context.fit(self._prompt(call, inputs), engine, info, sampling.max_tokens)
         self.emit(AgentStarted(*self._head(call, current), len(inputs), trimmed))
-        request = EngineRequest(f"{self.id}/{call.id}", messages, sampling, flush_s, call.agent)
+        extra = self.options.extra if is_answer else {}
+        request = EngineRequest(f"{self.id}/{call.id}", messages, sampling, flush_s, call.agent, extra)
         async with aclosing(engine.stream(request)) as chunks:
             async for chunk in chunks:
-                if chunk.text:
-                    self._receive(call, current, chunk.text, chunk.tokens, is_answer, silent=isinf(flush_s))
+                if chunk.text or chunk.tool_calls:
+                    self._receive(call, current, chunk, is_answer, silent=isinf(flush_s))
                 if chunk.finish_reason is not None:
                     return self._finish(call, current, chunk.usage, chunk.ttft_s, chunk.finish_reason)
         raise EngineUnavailable("the stream ended without saying why")
 
-    def _receive(self, call: Call, current: _Attempt, text: str, tokens: int, is_answer: bool, *, silent: bool) -> None:
+    def _receive(self, call: Call, current: _Attempt, chunk: Chunk, is_answer: bool, *, silent: bool) -> None:
         if current.ttft_s is None:
             current.ttft_s = self.clock() - current.started
-        current.text.append(text)
-        current.tokens += tokens
+        current.text.append(chunk.text)
+        current.tokens += chunk.tokens
         if is_answer:
-            self._answer_delta(text)
+            self._answer_delta(chunk.text, chunk.tool_calls)
         elif not silent:
-            self.emit(AgentDelta(*self._head(call, current), text, tokens))
+            self.emit(AgentDelta(*self._head(call, current), chunk.text, chunk.tokens))
 
     def _finish(
         self, call: Call, current: _Attempt, usage: Usage | None, ttft_s: float | None, reason: FinishReason
     ) -> Outcome:
         text = "".join(current.text)
-        if not text.strip():
+        if not text.strip() and reason != "tool_calls":
             raise EngineUnavailable("the answer is empty")
         seconds = self.clock() - current.started
         # Where text was held back, only the engine knows when its first token came.
@@ -396,7 +413,7 @@ class _Run:
         self.emit(AgentFailed(*self._head(call, current), kind, error.message, will_retry, seconds, current.usage))
 
     def _may_retry(self, call: Call, current: _Attempt, error: EngineError) -> bool:
-        answer_begun = call is self.graph.answer and bool(self.answer)
+        answer_begun = call is self.answer_call and bool(self.answer)
         return error.retryable and current.number <= self.policy.retries and not answer_begun
 
     def _head(self, call: Call, current: _Attempt) -> tuple[str, float, str, str, str, int, int]:
@@ -418,20 +435,29 @@ class _Run:
 
     def _prompt(self, call: Call, inputs: list[Outcome]) -> Prompt:
         spec = self.graph.spec
-        ranks = call is self.graph.answer and isinstance(spec.aggregator, RankAggregator)
         return Prompt(
             spec.agents[call.agent].system,
             self.messages,
             tuple(outcome.text for outcome in inputs),
             spec.prompt,
-            "pick" if ranks else "synthesize",
+            "pick" if self._ranks(call) else "synthesize",
         )
 
     def _sampling(self, call: Call) -> Sampling:
-        agent = self.graph.spec.agents[call.agent]
+        agent, wanted = self.graph.spec.agents[call.agent], self.options.sampling
         seed = agent.seed + call.sample - 1 if agent.seed is not None else None
+        if wanted.seed is not None:
+            seed = wanted.seed + (self.planned.index(call) + 1 if call in self.planned else 0)
         sampling = Sampling(agent.temperature, agent.top_p, agent.max_tokens, seed, tuple(agent.stop))
-        if agent.max_tokens is None and call is not self.graph.answer:  # cap proposals, never the aggregator
+        if call is self.answer_call and not self._ranks(call):
+            return replace(
+                sampling,
+                temperature=sampling.temperature if wanted.temperature is None else wanted.temperature,
+                top_p=wanted.top_p or sampling.top_p,
+                max_tokens=wanted.max_tokens or sampling.max_tokens,
+                stop=wanted.stop or sampling.stop,
+            )
+        if agent.max_tokens is None and call is not self.answer_call:  # cap proposals, never the aggregator
             sampling = replace(sampling, max_tokens=self.graph.spec.proposal_max_tokens)
         return sampling
 

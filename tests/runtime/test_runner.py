@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moa_ray.engines import EngineRequest, Scripted
+from moa_ray.engines import EngineRequest, Sampling, Scripted
 from moa_ray.errors import DeadlineExceeded, EngineRefused, EngineUnavailable, QuorumNotMet, RequestError
 from moa_ray.graph import Message, from_dict
 from moa_ray.runtime import (
@@ -397,3 +397,52 @@ async def test_an_engine_whose_stream_just_stops_counts_as_failed() -> None:
 
     with pytest.raises(QuorumNotMet, match="ended without saying why"):
         await Runner(graph, {"script": Silent()}).run("why?")
+
+
+# ---------------------------------------------------------------- what a request may wish for
+
+TOOLS: dict[str, Any] = {"tools": [{"type": "function", "function": {"name": "look_up"}}]}
+
+
+async def test_one_agent_can_be_asked_alone() -> None:
+    run, engine = panel(3, reply="{agent} says {prompt}")
+    result = await run.run("why?", RunOptions(agent="a2"))
+    assert result.text == "a2 says why?"
+    assert [call.agent for call in engine.calls] == ["a2"] and len(result.agents) == 1
+
+
+async def test_sampling_of_a_request_goes_to_the_answer_and_not_to_the_proposals() -> None:
+    run, engine = panel(2, agents={"a1": {"temperature": 0.9, "max_tokens": 7}})
+    await run.run("why?", RunOptions(sampling=Sampling(0.1, 0.5, 3, None, ("END",))))
+    answer, proposal = _of(engine, "chief").sampling, _of(engine, "a1").sampling
+    assert (answer.temperature, answer.top_p, answer.max_tokens, answer.stop) == (0.1, 0.5, 3, ("END",))
+    assert (proposal.temperature, proposal.max_tokens, proposal.stop) == (0.9, 7, ())
+
+
+async def test_a_seed_of_a_request_gives_every_call_its_own_and_always_the_same() -> None:
+    run, engine = panel(3)
+    for _ in range(2):
+        await run.run("why?", RunOptions(sampling=Sampling(seed=5)))
+    seeds = [(call.agent, call.sampling.seed) for call in engine.calls]
+    assert sorted(seeds[:4]) == sorted(seeds[4:])
+    assert len({seed for _, seed in seeds[:4]}) == 4
+
+
+async def test_tools_reach_the_aggregator_alone_and_its_call_of_one_is_the_answer() -> None:
+    run, engine = panel(2, tool_call={"name": "look_up", "arguments": {"x": 1}})
+    events = [event async for event in run.stream("why?", RunOptions(extra=TOOLS))]
+    assert [call.agent for call in engine.calls if call.extra] == ["chief"]
+    (delta,) = (event for event in events if isinstance(event, AnswerDelta))
+    assert delta.tool_calls[0]["function"] == {"name": "look_up", "arguments": '{"x": 1}'}
+    assert isinstance(events[-1], RunFinished) and events[-1].finish_reason == "tool_calls"
+
+
+async def test_the_result_of_a_tool_is_answered_with_text() -> None:
+    run, _ = panel(2, tool_call={"name": "look_up"}, reply="{agent}: done")
+    call = {"id": "c", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    messages: list[Message] = [
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "because", "tool_call_id": "c"},
+    ]
+    assert (await run.run(messages, RunOptions(extra=TOOLS))).text == "chief: done"

@@ -1,0 +1,55 @@
+"""What one request may change of its graph, and how far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from moa_ray.errors import RequestError
+from moa_ray.graph import Call, Graph, Policy
+from moa_ray.graph.dag import smallest_layer
+from moa_ray.graph.source import did_you_mean, dotted, problems_of
+
+
+def policy_for(graph: Graph, wanted: Mapping[str, Any]) -> Policy:
+    """The graph's policy with the keys of a request.
+
+    A request may not cost more than `limits` of the spec allow; where they say nothing, than the policy itself.
+
+    Raises:
+        RequestError: For unknown keys, wrong types and values beyond the limits; names the key.
+    """
+    policy, limits = graph.spec.policy, graph.spec.limits
+    if not wanted:
+        return policy
+    try:
+        changed = Policy.model_validate({**policy.model_dump(), **wanted})
+    except ValidationError as error:
+        first = problems_of(error, Policy)[0]
+        raise RequestError(f"policy.{dotted(first.path)}: {first.message}", hint=first.hint) from None
+    ceilings = {
+        "deadline_s": limits.deadline_s or policy.deadline_s,
+        "retries": policy.retries if limits.retries is None else limits.retries,
+        "quorum": smallest_layer(graph.calls, graph.finals, layered=bool(graph.spec.layers)),
+    }
+    for key, most in ceilings.items():
+        if key in wanted and getattr(changed, key) > most:
+            raise RequestError(f"policy.{key}: {getattr(changed, key):g} is more than the {most:g} allowed here")
+    return changed
+
+
+def answer_for(graph: Graph, agent: str | None) -> Call | None:
+    """The call that answers: the aggregator's, or that of one `agent` alone.
+
+    Raises:
+        RequestError: If there is no such agent.
+    """
+    if agent is None:
+        return graph.answer
+    if agent not in graph.spec.agents:
+        known = graph.spec.agents
+        hint = did_you_mean(agent, known) or f"there are: {', '.join(known)}"
+        raise RequestError(f"{graph.spec.name} has no agent {agent!r}", hint=hint)
+    return Call("answer", agent, graph.depth + 1)
