@@ -3,6 +3,9 @@
     MoARayError
     ├── SpecError            what the user wrote is wrong (file, line, key)
     ├── RequestError         a request that no retry can save (empty prompt, unknown role)
+    │   ├── Unauthorized         no API key, or a wrong one
+    │   └── BodyTooLarge         more bytes than the server takes
+    ├── Overloaded           the server has as many requests as it takes
     ├── ModelNotFound        a model name or file that cannot be had
     ├── ClusterError         Ray cannot be reached, or refused
     │   └── ResourcesShort   an actor has nowhere to run
@@ -15,7 +18,7 @@
     ├── QuorumNotMet         too few agents of a layer answered
     └── DeadlineExceeded     the request's time is up
 
-Each class knows its HTTP status, its OpenAI error type, whether a retry may help and the
+Each class knows its HTTP status, its OpenAI error type and code, whether a retry may help and the
 exit code of the command line; each instance holds one clear line and, where there is one,
 a hint of what to do. Instances survive pickling, since they cross Ray actors.
 """
@@ -35,6 +38,7 @@ class MoARayError(Exception):
 
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
+    openai_code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = 1
 
@@ -68,6 +72,7 @@ class SpecError(MoARayError):
         hint: What to do, such as "did you mean 'model'?".
     """
 
+    openai_code = "invalid_spec"
     http_status = 400
     openai_type = "invalid_request_error"
     exit_code = 2
@@ -83,14 +88,49 @@ class SpecError(MoARayError):
 class RequestError(MoARayError):
     """A request that cannot be served as it stands, whatever the state of the system."""
 
+    openai_code = "invalid_request"
     http_status = 400
     openai_type = "invalid_request_error"
     exit_code = 2
 
 
+class Unauthorized(RequestError):
+    """The server wants an API key, and got none or a wrong one."""
+
+    openai_code = "invalid_api_key"
+    http_status = 401
+
+
+class BodyTooLarge(RequestError):
+    """A request's body has more bytes than the server takes."""
+
+    openai_code = "body_too_large"
+    http_status = 413
+
+
+class Overloaded(MoARayError):
+    """The server answers as many requests as it may, and as many wait.
+
+    Args:
+        message: What is full.
+        retry_after_s: Seconds after which it is worth asking again.
+        hint: What to do.
+    """
+
+    openai_code = "overloaded"
+    http_status = 429
+    openai_type = "rate_limit_error"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
 class ModelNotFound(MoARayError):
     """A model that is neither a file, nor in the catalogue, nor to be downloaded."""
 
+    openai_code = "model_not_found"
     http_status = 404
     openai_type = "invalid_request_error"
 
@@ -98,12 +138,15 @@ class ModelNotFound(MoARayError):
 class ClusterError(MoARayError):
     """Ray cannot be reached, an application did not start, or an address is wrong."""
 
+    openai_code = "cluster_unavailable"
     http_status = 503
     retryable = True
 
 
 class ResourcesShort(ClusterError):
     """An actor has nowhere to run: the message names the resource and the engine."""
+
+    openai_code = "resources_short"
 
 
 class EngineError(MoARayError):
@@ -116,6 +159,7 @@ class EngineError(MoARayError):
         hint: What to do.
     """
 
+    openai_code = "engine_failed"
     http_status = 502
     retryable = True
 
@@ -128,18 +172,21 @@ class EngineError(MoARayError):
 class EngineUnavailable(EngineError):
     """The engine is unreachable, its actor died, or its connection broke."""
 
+    openai_code = "engine_unavailable"
     http_status = 503
 
 
 class EngineTimeout(EngineError):
     """The engine gave no answer within the time it had."""
 
+    openai_code = "engine_timeout"
     http_status = 504
 
 
 class EngineOverloaded(EngineError):
     """The engine asks to come back later."""
 
+    openai_code = "rate_limit_exceeded"
     http_status = 429
     openai_type = "rate_limit_error"
 
@@ -147,12 +194,14 @@ class EngineOverloaded(EngineError):
 class EngineRefused(EngineError):
     """The engine will never accept this call: wrong key, unknown model, malformed request."""
 
+    openai_code = "engine_refused"
     retryable = False
 
 
 class ContextOverflow(EngineRefused):
     """The prompt and the wanted answer do not fit the model's context window."""
 
+    openai_code = "context_length_exceeded"
     http_status = 400
     openai_type = "invalid_request_error"
 
@@ -160,6 +209,7 @@ class ContextOverflow(EngineRefused):
 class QuorumNotMet(MoARayError):
     """Too few agents of a layer answered; the message names each agent and its reason."""
 
+    openai_code = "quorum_not_met"
     http_status = 503
     retryable = True
 
@@ -167,5 +217,6 @@ class QuorumNotMet(MoARayError):
 class DeadlineExceeded(MoARayError):
     """The request's own deadline passed before its answer was complete."""
 
+    openai_code = "deadline_exceeded"
     http_status = 504
     retryable = True

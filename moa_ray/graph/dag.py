@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -76,6 +76,13 @@ class Graph:
             for name, agent in self.spec.agents.items()
         }
         return replace(self, spec=self.spec.model_copy(update={"engines": declared, "agents": agents}))
+
+    def with_first(self, counts: Sequence[int]) -> Graph:
+        """The same layered graph with only the first so many agents of each layer."""
+        layers = [agents[:count] for agents, count in zip(self.spec.layers, counts, strict=True)]
+        spec = self.spec.model_copy(update={"layers": layers})
+        calls, finals = _layered(spec)
+        return replace(self, spec=spec, calls=calls, finals=finals, answer=_answer(spec, calls, finals))
 
     @cached_property
     def depth(self) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from moa_ray.errors import RequestError
+from moa_ray.errors import ModelNotFound, RequestError
 from moa_ray.graph import Call, Graph, Policy
 from moa_ray.graph.dag import smallest_layer
 from moa_ray.graph.source import did_you_mean, dotted, problems_of
@@ -40,16 +40,38 @@ def policy_for(graph: Graph, wanted: Mapping[str, Any]) -> Policy:
     return changed
 
 
+def graph_for(graph: Graph, k: int | Sequence[int] | None) -> Graph:
+    """The graph with the `k` first agents of each layer, or of layer by layer so many; at most all of them.
+
+    Raises:
+        RequestError: If the graph has no layers, or `k` does not fit them or the quorum.
+    """
+    if k is None:
+        return graph
+    sizes = [len(agents) for agents in graph.spec.layers]
+    if not sizes:
+        raise RequestError(f"k: {graph.spec.name} is not layered, so no layer can be made smaller")
+    counts = [min(k, size) for size in sizes] if isinstance(k, int) else list(k)
+    if len(counts) != len(sizes):
+        raise RequestError(f"k: {len(counts)} numbers for the {len(sizes)} layers of {graph.spec.name}")
+    for layer, (count, size) in enumerate(zip(counts, sizes, strict=True), start=1):
+        if not graph.spec.policy.quorum <= count <= size:
+            raise RequestError(
+                f"k: layer {layer} has {size} agents and a quorum of {graph.spec.policy.quorum}; {count} is not between"
+            )
+    return graph.with_first(counts)
+
+
 def answer_for(graph: Graph, agent: str | None) -> Call | None:
     """The call that answers: the aggregator's, or that of one `agent` alone.
 
     Raises:
-        RequestError: If there is no such agent.
+        ModelNotFound: If there is no such agent.
     """
     if agent is None:
         return graph.answer
     if agent not in graph.spec.agents:
         known = graph.spec.agents
         hint = did_you_mean(agent, known) or f"there are: {', '.join(known)}"
-        raise RequestError(f"{graph.spec.name} has no agent {agent!r}", hint=hint)
+        raise ModelNotFound(f"{graph.spec.name} has no agent {agent!r}", hint=hint)
     return Call("answer", agent, graph.depth + 1)

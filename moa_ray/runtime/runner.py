@@ -38,6 +38,8 @@ from moa_ray.runtime.ledger import Ledger, RunResult
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
+_SEEDS = 2**31
+"""What every engine takes as a seed lies below."""
 _GATHER_S = 0.01
 """Events that nobody waits for are held back so long, to cross an actor boundary in fewer messages."""
 
@@ -53,6 +55,7 @@ class RunOptions:
         sampling: What the answer is to be sampled with; None leaves a value to the agent. A seed makes every call
             of the run reproducible.
         extra: Further fields for the answering engine, in OpenAI's words.
+        k: Ask only the first `k` agents of each layer; a sequence says it layer by layer.
         policy: Keys of the graph's policy with other values; see `limits`.
     """
 
@@ -61,6 +64,7 @@ class RunOptions:
     agent: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    k: int | tuple[int, ...] | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -153,10 +157,10 @@ class _Run:
     """The state of one request."""
 
     def __init__(self, runner: Runner, messages: list[Message], options: RunOptions) -> None:
-        self.graph = runner.graph
-        self.policy = limits.policy_for(runner.graph, options.policy)
-        self.answer_call = limits.answer_for(runner.graph, options.agent)
-        self.planned = () if options.agent else runner.graph.calls
+        self.graph = limits.graph_for(runner.graph, options.k)
+        self.policy = limits.policy_for(self.graph, options.policy)
+        self.answer_call = limits.answer_for(self.graph, options.agent)
+        self.planned = () if options.agent else self.graph.calls
         self.engines = runner.engines
         self.messages = tuple(messages)
         self.options = options
@@ -447,13 +451,13 @@ class _Run:
         agent, wanted = self.graph.spec.agents[call.agent], self.options.sampling
         seed = agent.seed + call.sample - 1 if agent.seed is not None else None
         if wanted.seed is not None:
-            seed = wanted.seed + (self.planned.index(call) + 1 if call in self.planned else 0)
+            seed = (wanted.seed + (self.planned.index(call) + 1 if call in self.planned else 0)) % _SEEDS
         sampling = Sampling(agent.temperature, agent.top_p, agent.max_tokens, seed, tuple(agent.stop))
         if call is self.answer_call and not self._ranks(call):
             return replace(
                 sampling,
                 temperature=sampling.temperature if wanted.temperature is None else wanted.temperature,
-                top_p=wanted.top_p or sampling.top_p,
+                top_p=sampling.top_p if wanted.top_p is None else wanted.top_p,
                 max_tokens=wanted.max_tokens or sampling.max_tokens,
                 stop=wanted.stop or sampling.stop,
             )

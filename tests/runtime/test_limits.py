@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from moa_ray.errors import RequestError
+from moa_ray.errors import ModelNotFound, RequestError
 from moa_ray.runtime import RunOptions
-from moa_ray.runtime.limits import answer_for, policy_for
+from moa_ray.runtime.limits import answer_for, graph_for, policy_for
 from tests.runtime.panels import panel
 
 
@@ -47,7 +47,7 @@ def test_the_deployer_may_allow_more_than_the_policy_gives() -> None:
 
 def test_an_unknown_agent_is_refused_with_the_one_that_was_meant() -> None:
     graph = panel(3)[0].graph
-    with pytest.raises(RequestError, match=r"(?s)panel has no agent 'cheif'.*did you mean 'chief'"):
+    with pytest.raises(ModelNotFound, match=r"(?s)panel has no agent 'cheif'.*did you mean 'chief'"):
         answer_for(graph, "cheif")
 
 
@@ -56,3 +56,25 @@ async def test_a_run_whose_wishes_are_refused_asks_no_engine() -> None:
     with pytest.raises(RequestError):
         await run.run("why?", RunOptions(policy={"quorum": 9}))
     assert not engine.calls
+
+
+async def test_k_asks_only_the_first_agents_of_each_layer() -> None:
+    run, engine = panel(3, 3)
+    await run.run("why?", RunOptions(k=(1, 2)))
+    assert sorted(call.agent for call in engine.calls) == ["a1", "a1", "a2", "chief"]
+    result = await run.run("why?", RunOptions(k=2))
+    assert [record.call for record in result.agents] == ["1/a1", "1/a2", "2/a1", "2/a2", "answer"]
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        (1, "layer 1 has 3 agents and a quorum of 2; 1 is not between"),
+        ((3, 4), "layer 2 has 3 agents and a quorum of 2; 4 is not between"),
+        ((3,), "1 numbers for the 2 layers of panel"),
+    ],
+)
+def test_a_k_that_does_not_fit_the_layers_or_the_quorum_is_refused(k: Any, message: str) -> None:
+    graph = panel(3, 3, spec={"policy": {"quorum": 2}})[0].graph
+    with pytest.raises(RequestError, match=message):
+        graph_for(graph, k)

@@ -1,0 +1,56 @@
+"""`/metrics`: what one gateway replica saw, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from moa_ray.server.edge import Admission
+from moa_ray.server.runs import Choice
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+
+
+class Metrics:
+    """Counters of one application, in a registry of their own.
+
+    Args:
+        admission: Whose places are told.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("moa_ray_requests", "Requests by outcome.", ["model", "status"], registry=registry)
+        self._seconds = Histogram(
+            "moa_ray_request_seconds", "Duration of a run.", ["model"], registry=registry, buckets=_SECONDS
+        )
+        self._ttft = Histogram(
+            "moa_ray_ttft_seconds", "Time to the answer's first token.", ["model"], registry=registry, buckets=_SECONDS
+        )
+        self._tokens = Counter("moa_ray_tokens", "Tokens by agent.", ["model", "agent", "kind"], registry=registry)
+        self._calls = Counter("moa_ray_calls", "Engine calls by end.", ["model", "agent", "state"], registry=registry)
+        for name, help, value in (
+            ("running", "Requests being answered.", lambda: admission.running),
+            ("queued", "Requests that wait for a place.", lambda: admission.queued),
+        ):
+            Gauge(f"moa_ray_requests_{name}", help, registry=registry).set_function(value)
+
+    def add(self, model: str, status: int, choices: Sequence[Choice]) -> None:
+        """Book a request that ended with an HTTP status."""
+        self._requests.labels(model, str(status)).inc()
+        for choice in choices:
+            if choice.end is not None and not choice.end.error:
+                self._seconds.labels(model).observe(choice.end.t)
+                if choice.end.ttft_s is not None:
+                    self._ttft.labels(model).observe(choice.end.ttft_s)
+            for record in choice.ledger.records:
+                usage = record.usage
+                self._calls.labels(model, record.agent, record.state).inc()
+                self._tokens.labels(model, record.agent, "prompt").inc(usage.prompt_tokens)
+                self._tokens.labels(model, record.agent, "cached").inc(usage.cached_tokens)
+                self._tokens.labels(model, record.agent, "completion").inc(usage.completion_tokens)
+
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self._registry)

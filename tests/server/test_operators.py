@@ -1,0 +1,60 @@
+"""Models, health, metrics, version, and the description of the interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx2
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from moa_ray import __version__
+from tests.server.local import Served, serving
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(2, reply="one two") as served:
+        yield served
+
+
+def _get(served: Served, path: str) -> httpx2.Response:
+    return httpx2.get(served.url + path)
+
+
+def test_every_graph_and_every_agent_is_a_model(served: Served) -> None:
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["panel", "panel/a1", "panel/a2", "panel/chief"]
+    assert client.models.retrieve("panel").owned_by == "moa-ray"
+    assert _get(served, "/v1/models/panel/a1").json()["id"] == "panel/a1"
+    for unknown in ("panel/nobody", "nothing"):
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(unknown)
+
+
+def test_health_version_and_readiness(served: Served) -> None:
+    assert _get(served, "/health").json() == {"status": "ok"}
+    assert _get(served, "/version").json() == {"version": __version__}
+    assert _get(served, "/ready").status_code == 200
+    served.backend.down = ["panel"]
+    try:
+        unready = _get(served, "/ready")
+        assert unready.status_code == 503 and "not ready: panel" in unready.json()["error"]["message"]
+    finally:
+        served.backend.down = []
+
+
+def test_metrics_count_requests_calls_and_tokens() -> None:
+    with serving(2, reply="one two") as served:
+        body = {"model": "panel", "messages": [{"role": "user", "content": "why?"}]}
+        for wanted in (body, {**body, "stream": True}, {**body, "moa": {"k": 9, "policy": {"quorum": 9}}}):
+            httpx2.post(f"{served.url}/v1/chat/completions", json=wanted)
+        families = text_string_to_metric_families(_get(served, "/metrics").text)
+        samples = {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+    assert samples["moa_ray_requests_total", "200", "panel"] == 2
+    assert samples["moa_ray_requests_total", "400", "panel"] == 1
+    assert samples["moa_ray_calls_total", "a1", "finished", "panel"] == 2
+    assert samples["moa_ray_tokens_total", "chief", "completion", "panel"] == 4
+    assert samples["moa_ray_ttft_seconds_count", "panel"] == 2
+    assert samples["moa_ray_requests_running",] == 0
