@@ -17,11 +17,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+HTTP_PORT = 8000 + 13 * (1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+"""Where the tests' Serve answers, a port for each worker."""
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray cluster with 2 CPUs and 8 pretended GPUs, joined by this process."""
+    """A local Ray cluster with 2 CPUs and 8 pretended GPUs, joined by this process, Serve with HTTP on it."""
     import ray
+    from ray import serve
 
     ray.init(address="local", num_cpus=2, num_gpus=8, include_dashboard=False, log_to_driver=False)
+    serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": HTTP_PORT})
     yield
     ray.shutdown()

@@ -6,7 +6,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from moa_ray.cli import models, moe
 from moa_ray.engines import registry
 from moa_ray.errors import MoARayError, RequestError
 from moa_ray.graph import Graph, draw, json_schema, load
+
+if TYPE_CHECKING:
+    from moa_ray.cli import serving
 
 app = typer.Typer(
     name="moa-ray",
@@ -113,6 +116,111 @@ def chat(spec: Spec, address: Address = None) -> None:
     from moa_ray.cli import session
 
     session.chat(_checked(spec), address=address)
+
+
+Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="The graphs' YAML files, a model each.")]
+App = Annotated[str, typer.Argument(metavar="APP", help="Name of the application.", show_default=False)]
+Running = Annotated[
+    str | None,
+    typer.Option(help="The Ray cluster, host:port; this machine's where not given.", envvar="RAY_ADDRESS"),
+]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the application; the first graph's by default.")]
+Prefix = Annotated[str, typer.Option("--route-prefix", help="Path under which it answers.")]
+Host = Annotated[str, typer.Option(help="Address to listen at; beyond loopback an API key is needed.")]
+Port = Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)]
+KeysFile = Annotated[
+    Path | None,
+    typer.Option("--api-keys-file", help="API keys, one a line; MOA_RAY_API_KEYS holds more, between commas."),
+]
+NoAuth = Annotated[bool, typer.Option("--no-auth", help="Ask for no API key, wherever it listens.")]
+Settings = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the server, such as max_queued=64 or drafts=true."),
+]
+
+
+def _plan(specs: list[Path], app: str | None, **where: Any) -> serving.Plan:
+    from moa_ray.cli import serving
+
+    return serving.plan([_checked(spec) for spec in specs], app=app, **where)
+
+
+@app.command()
+def serve(
+    specs: Specs,
+    address: Address = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: Name = None,
+    route_prefix: Prefix = "/",
+    api_keys_file: KeysFile = None,
+    no_auth: NoAuth = False,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Serve graphs as OpenAI models over HTTP, until Ctrl-C."""
+    from moa_ray.cli import serving
+
+    where = {"host": host, "port": port, "route_prefix": route_prefix}
+    plan = _plan(specs, name, **where, keys_file=api_keys_file, open_to_all=no_auth, settings=settings)
+    serving.serve(plan, address=address)
+
+
+@app.command()
+def deploy(
+    specs: Specs,
+    address: Running = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the file for `serve deploy`, do nothing.")] = False,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: Name = None,
+    route_prefix: Prefix = "/",
+    api_keys_file: KeysFile = None,
+    no_auth: NoAuth = False,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Deploy graphs to a running cluster, or update what is there without losing a request."""
+    from moa_ray.cli import serving
+
+    where = {"host": host, "port": port, "route_prefix": route_prefix}
+    plan = _plan(specs, name, **where, keys_file=api_keys_file, open_to_all=no_auth, settings=settings)
+    if dry_run:
+        serving.dry_run(plan, specs)
+    else:
+        serving.deploy(plan, address=address)
+
+
+@app.command()
+def status(
+    app: Annotated[str | None, typer.Argument(metavar="[APP]", help="Only this one.", show_default=False)] = None,
+    address: Running = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every engine of what is deployed: replicas, GPUs, load, latency."""
+    from moa_ray.cli import serving
+
+    serving.status(app, address=address, as_json=as_json)
+
+
+@app.command()
+def scale(
+    app: App,
+    engines: Annotated[
+        list[str], typer.Argument(metavar="ENGINE=N...", help="Replicas wanted; ENGINE=1..8 follows the load.")
+    ],
+    address: Running = None,
+) -> None:
+    """Change the replicas of engines; nothing else moves, and no request is lost."""
+    from moa_ray.cli import serving
+
+    serving.scale(app, engines, address=address)
+
+
+@app.command()
+def delete(app: App, address: Running = None) -> None:
+    """Take an application down."""
+    from moa_ray.cli import serving
+
+    serving.delete(app, address=address)
 
 
 @app.command()

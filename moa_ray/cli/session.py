@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 from rich.prompt import Prompt
+from rich.status import Status
 
 from moa_ray.cli import models
 from moa_ray.cli.view import DRAFTS_EVERY_S, View
@@ -68,7 +69,8 @@ def _show(moa: MoA, messages: Iterable[Message]) -> str:
     return text
 
 
-def _fetch_models(graph: Graph) -> None:
+def fetch_models(graph: Graph) -> None:
+    """Have the models of `graph` on this machine, downloading what is missing."""
     for name, spec in graph.engines.items():
         if spec.kind == "llamacpp":
             try:
@@ -78,21 +80,33 @@ def _fetch_models(graph: Graph) -> None:
                 raise ModelNotFound(place.message, hint=error.hint) from None
 
 
+class Waiting:
+    """A line on stderr that says what is being waited for; called as a deployment goes on."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+        self.stop = status.stop
+
+    def __call__(self, ready: dict[str, tuple[int, int]]) -> None:
+        """Say which engines are not ready yet."""
+        waiting = [name for name, (up, wanted) in ready.items() if up < wanted]
+        if waiting:
+            up = len(ready) - len(waiting)
+            self._status.update(f"{up} of {len(ready)} engines ready; loading {', '.join(waiting)}…")
+
+
+@contextmanager
+def progress() -> Generator[Waiting, None, None]:
+    """The line, for as long as the context is open or until it is stopped."""
+    with Console(stderr=True).status("Starting Ray…") as status:
+        yield Waiting(status)
+
+
 @contextmanager
 def _up(graph: Graph, address: str | None) -> Generator[MoA, None, None]:
-    """The graph deployed, with a line on stderr that says what is being waited for."""
     if address is None:
-        _fetch_models(graph)
-    console = Console(stderr=True)
-    with console.status("Starting Ray…") as status:
-
-        def show(ready: dict[str, tuple[int, int]]) -> None:
-            waiting = [name for name, (up, wanted) in ready.items() if up < wanted]
-            if waiting:
-                status.update(
-                    f"{len(ready) - len(waiting)} of {len(ready)} engines ready; loading {', '.join(waiting)}…"
-                )
-
+        fetch_models(graph)
+    with progress() as show:
         moa = MoA(graph, address=address, progress=show)
     try:
         yield moa

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from pydantic import BaseModel, SecretStr
@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from moa_ray import __version__
 from moa_ray.cluster.engine_actor import EngineReplica, HandleEngine
-from moa_ray.cluster.gateway import Gateway
+from moa_ray.cluster.gateway import Gateway, Http
 from moa_ray.engines import registry
 from moa_ray.graph import EngineSpec, Graph, Message, Resources, from_dict
 from moa_ray.graph.spec import Autoscaling
@@ -33,21 +33,6 @@ GATEWAY = "gateway"
 _UNBOUNDED = 100_000
 """Requests that a router or gateway holds; they wait on engines, so this is memory, not work. The gateway admits."""
 _SHUTDOWN_POLL_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Http:
-    """A gateway in front of the routers.
-
-    Args:
-        create_app: Makes the ASGI application of a replica; called with a `RouterBackend` and `settings`.
-        settings: What it is set to; anything that pickles.
-        replicas: How many gateways.
-    """
-
-    create_app: Callable[[Any, Any], Any]
-    settings: Any
-    replicas: int = 1
 
 
 def router_of(graph: str) -> str:
@@ -84,10 +69,16 @@ class Router:
 
     async def stream(self, messages: list[Message], options: RunOptions) -> AsyncGenerator[list[Event], None]:
         """Run one request; what happens at the same time travels in one message."""
-        async for batch in self._runner.batches(messages, options):
-            for event in batch:
-                self._meter.add(event)
-            yield batch
+        run = ""
+        try:
+            async with aclosing(self._runner.batches(messages, options)) as batches:
+                async for batch in batches:
+                    for event in batch:
+                        self._meter.add(event)
+                    run = batch[0].run
+                    yield batch
+        finally:
+            self._meter.end(run)
 
     async def load(self) -> dict[str, EngineLoad]:
         """What this replica sent to each engine of late."""
@@ -124,7 +115,7 @@ def build(graphs: Sequence[Graph], http: Http | None = None) -> Application:
         ray_actor_options={"num_cpus": 0},
         **_patience(graphs),
     )
-    return gateway.bind(http.create_app, http.settings, routers)
+    return gateway.bind(http, routers)
 
 
 def _router(graph: Graph) -> Application:

@@ -12,7 +12,9 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from moa_ray.cluster.app import Http, actor_options, build, deployment_of
+from moa_ray.cluster.app import actor_options, build, deployment_of
+from moa_ray.cluster.gateway import Http
+from moa_ray.cluster.session import details_of
 from moa_ray.engines import registry
 from moa_ray.errors import ClusterError, ResourcesShort
 from moa_ray.graph import EngineSpec, Graph
@@ -122,23 +124,12 @@ def _check_feasible(graphs: Sequence[Graph]) -> None:
 
 def _unplaced(graphs: Sequence[Graph], app: str) -> tuple[Graph, str, EngineSpec] | None:
     """An engine with a replica that Ray has not found a node for."""
-    details = _details(app)
+    deployments = details_of(app).get("deployments") or {}
     for graph, name, spec, deployment in _engines(graphs):
-        replicas = details.get(deployment, {}).get("replicas", [])
+        replicas = deployments.get(deployment, {}).get("replicas", [])
         if _demand(spec) and any(r["state"] == "STARTING" and not r.get("node_id") for r in replicas):
             return graph, name, spec
     return None
-
-
-def _details(app: str) -> dict[str, Any]:
-    """Serve's own account of each deployment of `app`."""
-    # Serve's public status does not tell a replica that waits for a node from one that loads its model.
-    from ray.serve.context import _get_global_client
-
-    deployments: dict[str, Any] = (
-        _get_global_client().get_serve_details()["applications"].get(app, {}).get("deployments")
-    )
-    return deployments or {}
 
 
 def _short(graph: Graph, engine: str, spec: EngineSpec) -> ResourcesShort:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError
@@ -64,27 +65,50 @@ class RouterBackend:
         return [name for name, is_ready in zip(self.graphs, ready, strict=True) if not is_ready]
 
 
+@dataclass(frozen=True, slots=True)
+class Http:
+    """A gateway in front of the routers.
+
+    Args:
+        create_app: Makes the ASGI application of a replica; called with a `RouterBackend` and `settings`.
+        settings: What it is set to; anything that pickles.
+        replicas: How many gateways.
+    """
+
+    create_app: Callable[[Any, Any], Any]
+    settings: Any
+    replicas: int = 1
+
+
 class Gateway:
     """The deployment class of the edge.
 
     Args:
-        create_app: Makes the ASGI application from a `RouterBackend` and `settings`.
-        settings: What it is set to.
+        http: What to serve.
         routers: Handle of each graph's router.
     """
 
-    def __init__(
-        self,
-        create_app: Callable[[RouterBackend, Any], Any],
-        settings: Any,
-        routers: dict[str, DeploymentHandle[Any]],
-    ) -> None:
-        self._settings = settings
-        self._app = create_app(RouterBackend(routers), settings)
+    def __init__(self, http: Http, routers: dict[str, DeploymentHandle[Any]]) -> None:
+        self._http = http
+        self._app = http.create_app(RouterBackend(routers), http.settings)
 
     def __serve_build_asgi_app__(self) -> Any:  # Serve asks by this name
-        return self._app
+        return _leaving_the_id_to_the_proxy(self._app)
 
-    async def settings(self) -> Any:
+    async def http(self) -> Http:
         """What this gateway was deployed with."""
-        return self._settings
+        return self._http
+
+
+def _leaving_the_id_to_the_proxy(app: Any) -> Any:
+    """`app` without the header that Serve's proxy adds to every answer: the id of the request, which is the same."""
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+            await send(message)
+
+        await app(scope, receive, sent)
+
+    return inner

@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
 from types import TracebackType
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -16,33 +22,69 @@ from moa_ray.errors import ClusterError, SpecError
 _CONNECT_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where the cluster's HTTP proxies listen."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def url(self) -> str:
+        """The base URL for a caller on this machine."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
 class Session:
     """A connection of this process to a Ray cluster, with Serve running on it.
 
     Args:
         address: `host:port` of a running cluster's GCS, `auto` for the one on this machine, or None: the
             environment variable `RAY_ADDRESS`, and where that is not set, a local cluster of our own.
+        listen: Where HTTP is to be answered; None for handles alone.
 
     Attributes:
         owned: Whether this session started the cluster, and so will stop it.
 
     Raises:
-        ClusterError: If the cluster cannot be reached within seconds, or refuses us.
+        ClusterError: If the cluster cannot be reached within seconds, or refuses us, or HTTP cannot be answered
+            where it is wanted.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: str | None = None, listen: Listen | None = None) -> None:
         _quiet()
         self._joined_before = ray.is_initialized()
         wanted = address or os.environ.get("RAY_ADDRESS") or "local"
         self.owned = wanted == "local" and not self._joined_before
+        if self.owned and listen:
+            _check_free(listen)
         if not self._joined_before:
             _init(wanted)
-        # Engines are reached through handles; whoever wants HTTP starts it with the server.
-        serve.start(proxy_location="Disabled")
+        try:
+            self._serve_was_there = _serve_runs()
+            _start_serve(listen)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Leave the cluster, and stop it if this session started it. Safe to call twice."""
-        if ray.is_initialized() and not self._joined_before:
+        """Leave the cluster, and stop what this session started: the cluster, or Serve. Safe to call twice."""
+        if not ray.is_initialized():
+            return
+        if not self.owned and not self._serve_was_there and not serve.status().applications:
+            serve.shutdown()
+        if not self._joined_before:
             ray.shutdown()
 
     def __enter__(self) -> Session:
@@ -54,13 +96,62 @@ class Session:
         self.close()
 
 
+def _serve_runs() -> bool:
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _start_serve(listen: Listen | None) -> None:
+    if listen is None:
+        serve.start(proxy_location="Disabled")
+        return
+    serve.start(proxy_location="EveryNode", http_options={"host": listen.host, "port": listen.port})
+    # Where Serve runs already, it keeps what it was started with.
+    details = serve_details()
+    given = details["http_options"]
+    if details["proxy_location"] == "Disabled":
+        raise ClusterError("Ray Serve runs without HTTP on this cluster", hint="`serve shutdown -y` ends it")
+    if (given["host"], given["port"]) != (listen.host, listen.port):
+        raise ClusterError(
+            f"Ray Serve answers at {given['host']}:{given['port']} on this cluster, not at {listen.host}:{listen.port}",
+            hint=f"use --host {given['host']} --port {given['port']}, or end Serve with `serve shutdown -y`",
+        )
+
+
+def serve_details() -> dict[str, Any]:
+    """Serve's own account of itself."""
+    # Serve's public status does not tell a replica that waits for a node from one that loads its model.
+    from ray.serve.context import _get_global_client
+
+    details: dict[str, Any] = _get_global_client().get_serve_details()
+    return details
+
+
+def details_of(app: str) -> dict[str, Any]:
+    """Serve's own account of one application; empty where it is not there."""
+    details: dict[str, Any] = serve_details()["applications"].get(app, {})
+    return details
+
+
+def _check_free(listen: Listen) -> None:
+    try:
+        socket.create_server((listen.host, listen.port)).close()
+    except OSError as error:
+        raise ClusterError(
+            f"cannot listen at {listen.host}:{listen.port}: {error.strerror or error}", hint="choose another --port"
+        ) from error
+
+
 def _init(address: str) -> None:
     if address != "local":
         _check_reachable(address)
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # a refused token is told once, by us
     local = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local)
+        with _without_stderr():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local)
     except Exception as error:  # Ray raises bare Exceptions here
         ray.shutdown()
         reason = str(error).strip().splitlines()[0]
@@ -68,10 +159,32 @@ def _init(address: str) -> None:
             raise ClusterError(
                 f"a local Ray cluster did not start: {reason}", hint="`ray stop` ends leftovers"
             ) from error
+        if address == "auto" and isinstance(error, ConnectionError):
+            raise ClusterError(
+                "no Ray cluster runs on this machine",
+                hint="`ray start --head` starts one; or name one by --address or RAY_ADDRESS",
+            ) from error
         raise ClusterError(
             f"cannot join the Ray cluster at {address}: {reason}",
             hint="check --address or RAY_ADDRESS, the cluster's Ray version, and its token (RAY_AUTH_TOKEN)",
         ) from error
+
+
+@contextmanager
+def _without_stderr() -> Generator[None, None, None]:
+    """Ray's C++ side writes there what its exception tells as well, such as a refused token, over many lines."""
+    if os.environ.get("MOA_RAY_LOG") == "debug":
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _check_reachable(address: str) -> None:

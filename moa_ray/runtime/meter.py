@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from statistics import quantiles
 
@@ -45,22 +45,26 @@ class Meter:
     """Keeps what `EngineLoad` tells, for every engine."""
 
     def __init__(self) -> None:
-        self._ongoing: dict[tuple[str, str], str] = {}
+        self._ongoing: defaultdict[str, dict[str, str]] = defaultdict(dict)  # run -> call -> engine
         self._ended: deque[tuple[float, str, float | None]] = deque()
 
     def add(self, event: Event) -> None:
         """Book one event."""
         match event:
             case AgentStarted():
-                self._ongoing[event.run, event.call] = event.engine
+                self._ongoing[event.run][event.call] = event.engine
             case AgentFinished() | AgentFailed() | AgentCancelled():
-                self._ongoing.pop((event.run, event.call), None)
+                self._ongoing[event.run].pop(event.call, None)
                 if not isinstance(event, AgentCancelled):
                     seconds = event.seconds if isinstance(event, AgentFinished) else None
                     self._ended.append((time.monotonic(), event.engine, seconds))
                     self._forget()
             case _:
                 pass
+
+    def end(self, run: str) -> None:
+        """There will be no more events of `run`; one that was given up has told no end of its calls."""
+        self._ongoing.pop(run, None)
 
     def _forget(self) -> None:
         while self._ended and self._ended[0][0] < time.monotonic() - WINDOW_S:
@@ -69,7 +73,7 @@ class Meter:
     def load(self) -> dict[str, EngineLoad]:
         """Every engine that was called."""
         self._forget()
-        ongoing = Counter(self._ongoing.values())
+        ongoing = Counter(engine for calls in self._ongoing.values() for engine in calls.values())
         return {
             engine: EngineLoad(
                 ongoing[engine],

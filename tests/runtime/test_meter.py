@@ -34,6 +34,13 @@ def test_a_cancelled_call_is_neither_finished_nor_failed() -> None:
     assert meter.load() == {}
 
 
+def test_a_run_that_was_given_up_leaves_no_call_ongoing() -> None:
+    meter = Meter()
+    meter.add(AgentStarted(*HEAD, 0))
+    meter.end("run-1")
+    assert meter.load() == {}
+
+
 def test_what_is_older_than_the_window_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
