@@ -5,6 +5,7 @@
     ├── RequestError         a request that no retry can save (empty prompt, unknown role)
     │   ├── Unauthorized         no API key, or a wrong one
     │   └── BodyTooLarge         more bytes than the server takes
+    ├── ServerUnreachable    a client cannot reach its server, or the connection broke
     ├── Overloaded           the server has as many requests as it takes
     ├── ModelNotFound        a model name or file that cannot be had
     ├── ClusterError         Ray cannot be reached, or refused
@@ -106,6 +107,14 @@ class BodyTooLarge(RequestError):
 
     openai_code = "body_too_large"
     http_status = 413
+
+
+class ServerUnreachable(MoARayError):
+    """A client cannot reach its server, or the connection to it broke."""
+
+    openai_code = "server_unreachable"
+    http_status = 503
+    retryable = True
 
 
 class Overloaded(MoARayError):

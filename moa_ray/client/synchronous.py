@@ -1,0 +1,135 @@
+"""The synchronous client. `asynchronous` is the same with `async`; a test holds them together."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from types import TracebackType
+from typing import Any
+
+import httpx2
+import tenacity
+
+from moa_ray.client import wire
+from moa_ray.client.answer import Answer, Assembly, Event, answer_of
+from moa_ray.client.wire import Messages
+
+
+class Client:
+    """A client of one server.
+
+    Args:
+        base_url: The server's, `/v1` included.
+        api_key: Its key.
+        model: A graph, or `graph/agent`; the server's first where not given.
+        timeout_s: Longest silence of the server, in seconds; while it streams, it is never silent for long.
+        retries: Times that a request is tried again that failed before anything of its answer came; pauses are
+            those that the server asks for.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000/v1",
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        timeout_s: float = 600.0,
+        retries: int = 2,
+    ) -> None:
+        self._settings = wire.Settings(base_url, api_key, timeout_s, retries)
+        self._default = model
+        self._http = httpx2.Client(**self._settings.http())
+
+    def run(
+        self,
+        prompt: str | Messages,
+        *,
+        model: str | None = None,
+        drafts: bool = False,
+        k: int | list[int] | None = None,
+        policy: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Answer `prompt`, or the last message of a conversation.
+
+        Args:
+            prompt: A question, or OpenAI's chat messages.
+            model: A graph, or `graph/agent`, in place of the client's own.
+            drafts: Whether the answer brings the proposals.
+            k: Ask only the first `k` agents of each layer; a list says it layer by layer.
+            policy: Keys of the graph's policy with other values, within its deployer's limits.
+            options: `temperature`, `top_p`, `max_tokens`, `seed`, `stop`, `tools`, `response_format` and the like,
+                for the aggregator.
+
+        Raises:
+            MoARayError: The error that the server met; `ServerUnreachable` where it cannot be reached.
+        """
+        body = wire.body_of(
+            self._model(model), prompt, stream=False, drafts=drafts, k=k, policy=policy, options=options
+        )
+        response = self._request("POST", "/chat/completions", body)
+        return answer_of(response.json(), response.headers.get("x-request-id", ""))
+
+    def stream(
+        self,
+        prompt: str | Messages,
+        *,
+        model: str | None = None,
+        drafts: bool = False,
+        k: int | list[int] | None = None,
+        policy: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Generator[Event, None, None]:
+        """Answer `prompt` as it comes: `Draft`s, `Delta`s, and `Finished` with the whole answer.
+
+        Takes and raises what `run` does. Closing the generator stops every engine.
+        """
+        body = wire.body_of(self._model(model), prompt, stream=True, drafts=drafts, k=k, policy=policy, options=options)
+        response = self._request("POST", "/chat/completions", body, stream=True)
+        assembly = Assembly(response.headers.get("x-request-id", ""))
+        try:
+            for line in response.iter_lines():
+                yield from assembly.add(chunk) if (chunk := wire.chunk_of(line)) else ()
+        except httpx2.HTTPError as error:
+            raise wire.unreachable(error, self._settings) from error
+        finally:
+            response.close()
+        yield assembly.finished()
+
+    def models(self) -> list[str]:
+        """Ids of all graphs, and of their agents by `graph/agent`. Raises as `run` does."""
+        response = self._request("GET", "/models")
+        return [card["id"] for card in response.json()["data"]]
+
+    def _model(self, wanted: str | None) -> str:
+        """The model to ask; without one, the server's first."""
+        if self._default is None and not wanted:
+            self._default = wire.first(self.models())
+        return wanted or self._default or ""
+
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, stream: bool = False
+    ) -> httpx2.Response:
+        retrying = tenacity.Retrying(**self._settings.retrying())
+        return retrying(self._request_once, method, path, body, stream)
+
+    def _request_once(self, method: str, path: str, body: dict[str, Any] | None, stream: bool) -> httpx2.Response:
+        request = self._http.build_request(method, path, json=body)
+        try:
+            response = self._http.send(request, stream=stream)
+            if response.is_error:
+                response.read()
+        except httpx2.HTTPError as error:
+            raise wire.unreachable(error, self._settings) from error
+        return wire.check(response)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
