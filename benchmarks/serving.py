@@ -1,0 +1,218 @@
+"""What HTTP, gateway, router and engine hops add, under one caller and under fifty; and what scaling an engine brings.
+
+Peer of the overhead: the same calls made by hand with `AsyncOpenAI`, each engine a Serve deployment with an HTTP
+ingress of its own. All engines are scripted. Run: `python -m benchmarks.serving`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import psutil
+from ray import serve
+from starlette.requests import Request
+
+from benchmarks.orchestration import graph
+from moa_ray.cluster import Session, operate
+from moa_ray.cluster.deploy import deploy
+from moa_ray.cluster.session import Listen
+from moa_ray.engines import EngineRequest, Scripted, ScriptedOptions
+from moa_ray.graph import Graph, from_dict
+from moa_ray.server import ServerSettings
+from moa_ray.server.deployed import http
+
+_PORT = 8731
+_URL = f"http://127.0.0.1:{_PORT}"
+_WHY: Any = [{"role": "user", "content": "why?"}]
+_CALLERS, _ROUNDS = 50, 6
+
+
+@contextmanager
+def served(graph: Graph) -> Iterator[str]:
+    """`graph` at the root; yields the base URL."""
+    deploy([graph], "bench", http=http(ServerSettings()), route_prefix="/", may_grow=True)
+    try:
+        yield f"{_URL}/v1"
+    finally:
+        serve.delete("bench")
+
+
+# ---------------------------------------------------------------- the peer
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+class Endpoint:
+    """A scripted engine with an ingress of its own."""
+
+    def __init__(self, options: ScriptedOptions) -> None:
+        self._engine = Scripted(options)
+
+    async def __call__(self, request: Request) -> dict[str, Any]:
+        """Answer in one piece, whatever the path."""
+        body = await request.json()
+        call = EngineRequest("x", tuple(body["messages"]), agent=body["model"])
+        text = "".join([chunk.text async for chunk in self._engine.stream(call)])
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        return {"id": "c", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice]}
+
+
+@contextmanager
+def by_hand(layers: int, options: dict[str, Any]) -> Iterator[Callable[[], Awaitable[Any]]]:
+    """A function that makes the calls of `graph(layers)` with AsyncOpenAI, against an endpoint an agent."""
+    names = ("a", "b", "c", "chief")
+    script = ScriptedOptions.model_validate(options)
+    for name in names:
+        serve.run(Endpoint.bind(script), name=name, route_prefix=f"/{name}")
+    clients = {name: openai.AsyncOpenAI(base_url=f"{_URL}/{name}/v1", api_key="none") for name in names}
+
+    async def ask(name: str, content: str) -> str:
+        messages: Any = [{"role": "user", "content": content}]
+        answer = await clients[name].chat.completions.create(model=name, messages=messages)
+        return answer.choices[0].message.content or ""
+
+    async def once() -> str:
+        content = "why?"
+        for _ in range(layers):
+            drafts = await asyncio.gather(*(ask(name, content) for name in names[:3]))
+            content = "why?\n" + "\n".join(drafts)
+        return await ask("chief", content)
+
+    try:
+        yield once
+    finally:
+        for name in names:
+            serve.delete(name)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+async def p50_ms(ask: Callable[[], Awaitable[Any]], repeats: int = 100) -> float:
+    """Median wall time of one call after another, after ten unmeasured."""
+    times = []
+    for number in range(repeats + 10):
+        started = time.perf_counter()
+        await ask()
+        if number >= 10:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e3
+
+
+def cpu_s() -> float:
+    """CPU seconds of all processes of the local cluster so far, this one left out."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            used = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += used.user + used.system
+    return total
+
+
+def _streamed(caller: openai.OpenAI) -> None:
+    for _ in caller.chat.completions.create(model="bench", messages=_WHY, stream=True):
+        pass
+
+
+def _whole(caller: openai.OpenAI) -> None:
+    caller.chat.completions.create(model="bench", messages=_WHY)
+
+
+def many(url: str, ask: Callable[[openai.OpenAI], None], callers: int, rounds: int) -> tuple[list[float], int]:
+    """Seconds of each of `rounds` calls of `callers` callers at once, and how many failed."""
+
+    def one(_: int) -> tuple[list[float], int]:
+        times, failed = [], 0
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as caller:
+            for _ in range(rounds):
+                started = time.perf_counter()
+                try:
+                    ask(caller)
+                except openai.OpenAIError:
+                    failed += 1
+                times.append(time.perf_counter() - started)
+        return times, failed
+
+    with ThreadPoolExecutor(callers) as pool:
+        found = list(pool.map(one, range(callers)))
+    return [t for times, _ in found for t in times], sum(failed for _, failed in found)
+
+
+def overhead() -> None:
+    """One caller, engines of zero latency."""
+    print("one caller, 3 + 1 calls, engines of zero latency, HTTP to HTTP, p50")
+    with served(graph(1, reply="x")) as url:
+        client = openai.AsyncOpenAI(base_url=url, api_key="none")
+        ours = asyncio.run(p50_ms(lambda: client.chat.completions.create(model="bench", messages=_WHY)))
+    with by_hand(1, {"reply": "x"}) as once:
+        hand = asyncio.run(p50_ms(once))
+    print(f"  through moa-ray        {ours:6.1f} ms   limit 40 ms")
+    print(f"  by hand, AsyncOpenAI   {hand:6.1f} ms   ratio {ours / hand:.2f}, limit 1.5")
+
+
+def concurrent() -> None:
+    """Fifty callers, engines as slow as real ones."""
+    timed = {"ttft_s": 0.2, "itl_s": 0.01, "reply_tokens": 60}
+    floor_s = 3 * (0.2 + 59 * 0.01)
+    print(f"{_CALLERS} callers, 3 x 2 + 1 calls of 0.79 s, floor {floor_s:.2f} s")
+    with served(graph(2, **timed)) as url:
+        for name, ask in (("whole", _whole), ("streamed", _streamed)):
+            many(url, ask, _CALLERS, 1)
+            before, started = cpu_s(), time.perf_counter()
+            times, failed = many(url, ask, _CALLERS, _ROUNDS)
+            busy_s, wall_s = cpu_s() - before, time.perf_counter() - started
+            p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
+            print(
+                f"  {name:<10} p50 {p50 / floor_s:.2f} x floor, p99/p50 {p99 / p50:.2f} (limit 1.3), {failed} failed, "
+                f"{busy_s / len(times) * 1e3:.0f} ms of CPU a request (limit 56), {busy_s / wall_s:.2f} cores"
+            )
+
+
+def scaling() -> None:
+    """From one replica to three."""
+    slow = {"kind": "scripted", "model": "m", "ttft_s": 0.2, "concurrency": 2}
+    bound = from_dict(
+        {
+            "version": 1,
+            "name": "bench",
+            "engines": {"slow": slow, "fast": {"kind": "scripted", "model": "m", "reply": "x"}},
+            "agents": {"a": {"engine": "slow"}, "chief": {"engine": "fast"}},
+            "layers": [["a"]],
+            "aggregator": "chief",
+        }
+    )
+    with served(bound) as url:
+        rates = []
+        for replicas in (1, 3):
+            operate.scale("bench", {"slow": replicas})
+            many(url, _whole, 12, 2)
+            started = time.perf_counter()
+            times, failed = many(url, _whole, 12, 10 * replicas)
+            rates.append((len(times) - failed) / (time.perf_counter() - started))
+    print("an engine of 2 calls at once, 0.2 s each, 12 callers")
+    print(
+        f"  1 replica {rates[0]:.1f}/s, 3 replicas {rates[1]:.1f}/s: x {rates[1] / rates[0]:.2f}, at least 2.4 wanted"
+    )
+
+
+def main() -> None:
+    """All of them, on one local cluster."""
+    session = Session("local", Listen(port=_PORT))
+    try:
+        overhead()
+        concurrent()
+        scaling()
+    finally:
+        session.close()
+
+
+if __name__ == "__main__":
+    main()
