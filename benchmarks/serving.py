@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +19,7 @@ import psutil
 from ray import serve
 from starlette.requests import Request
 
-from benchmarks.orchestration import graph
+from benchmarks.orchestration import graph, p50_s
 from moa_ray.cluster import Session, operate
 from moa_ray.cluster.deploy import deploy
 from moa_ray.cluster.session import Listen
@@ -64,7 +64,7 @@ class Endpoint:
 
 
 @contextmanager
-def by_hand(layers: int, options: dict[str, Any]) -> Iterator[Callable[[], Awaitable[Any]]]:
+def by_hand(layers: int, options: dict[str, Any]) -> Iterator[Callable[[], Coroutine[Any, Any, Any]]]:
     """A function that makes the calls of `graph(layers)` with AsyncOpenAI, against an endpoint an agent."""
     names = ("a", "b", "c", "chief")
     script = ScriptedOptions.model_validate(options)
@@ -94,15 +94,10 @@ def by_hand(layers: int, options: dict[str, Any]) -> Iterator[Callable[[], Await
 # ---------------------------------------------------------------- measuring
 
 
-async def p50_ms(ask: Callable[[], Awaitable[Any]], repeats: int = 100) -> float:
-    """Median wall time of one call after another, after ten unmeasured."""
-    times = []
-    for number in range(repeats + 10):
-        started = time.perf_counter()
-        await ask()
-        if number >= 10:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1e3
+def p50_ms(ask: Callable[[], Coroutine[Any, Any, Any]]) -> float:
+    """Median wall time of one call after another, in milliseconds."""
+    with asyncio.Runner() as runner:
+        return p50_s(lambda: runner.run(ask()), 100) * 1e3
 
 
 def cpu_s() -> float:
@@ -151,9 +146,9 @@ def overhead() -> None:
     print("one caller, 3 + 1 calls, engines of zero latency, HTTP to HTTP, p50")
     with served(graph(1, reply="x")) as url:
         client = openai.AsyncOpenAI(base_url=url, api_key="none")
-        ours = asyncio.run(p50_ms(lambda: client.chat.completions.create(model="bench", messages=_WHY)))
+        ours = p50_ms(lambda: client.chat.completions.create(model="bench", messages=_WHY))
     with by_hand(1, {"reply": "x"}) as once:
-        hand = asyncio.run(p50_ms(once))
+        hand = p50_ms(once)
     print(f"  through moa-ray        {ours:6.1f} ms   limit 40 ms")
     print(f"  by hand, AsyncOpenAI   {hand:6.1f} ms   ratio {ours / hand:.2f}, limit 1.5")
 

@@ -35,6 +35,7 @@ class MoARayError(Exception):
     Args:
         message: What is wrong and where, in one line.
         hint: What to do about it, in one line.
+        retry_after_s: Seconds after which it is worth asking again, where that is known.
     """
 
     http_status: ClassVar[int] = 500
@@ -43,10 +44,11 @@ class MoARayError(Exception):
     retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
@@ -118,22 +120,12 @@ class ServerUnreachable(MoARayError):
 
 
 class Overloaded(MoARayError):
-    """The server answers as many requests as it may, and as many wait.
-
-    Args:
-        message: What is full.
-        retry_after_s: Seconds after which it is worth asking again.
-        hint: What to do.
-    """
+    """The server answers as many requests as it may, and as many wait."""
 
     openai_code = "overloaded"
     http_status = 429
     openai_type = "rate_limit_error"
     retryable = True
-
-    def __init__(self, message: str, *, retry_after_s: float = 1.0, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.retry_after_s = retry_after_s
 
 
 class ModelNotFound(MoARayError):
@@ -173,9 +165,8 @@ class EngineError(MoARayError):
     retryable = True
 
     def __init__(self, message: str, *, engine: str = "", retry_after_s: float | None = None, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
+        super().__init__(message, hint=hint, retry_after_s=retry_after_s)
         self.engine = engine
-        self.retry_after_s = retry_after_s
 
 
 class EngineUnavailable(EngineError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 HTTP_PORT = 8000 + 13 * (1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
 """Where the tests' Serve answers, a port for each worker."""
+
+
+def until(condition: Callable[[], bool], *, within_s: float = 30) -> None:
+    """Wait for what must become true; bounded."""
+    give_up = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < give_up, "it never became true"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,9 +16,6 @@ from moa_ray.cli import models, moe
 from moa_ray.engines import registry
 from moa_ray.errors import MoARayError, RequestError
 from moa_ray.graph import Graph, draw, json_schema, load
-
-if TYPE_CHECKING:
-    from moa_ray.cli import serving
 
 app = typer.Typer(
     name="moa-ray",
@@ -139,12 +136,6 @@ Settings = Annotated[
 ]
 
 
-def _plan(specs: list[Path], app: str | None, **where: Any) -> serving.Plan:
-    from moa_ray.cli import serving
-
-    return serving.plan([_checked(spec) for spec in specs], app=app, **where)
-
-
 @app.command()
 def serve(
     specs: Specs,
@@ -159,9 +150,10 @@ def serve(
 ) -> None:
     """Serve graphs as OpenAI models over HTTP, until Ctrl-C."""
     from moa_ray.cli import serving
+    from moa_ray.cluster.session import Listen
 
-    where = {"host": host, "port": port, "route_prefix": route_prefix}
-    plan = _plan(specs, name, **where, keys_file=api_keys_file, open_to_all=no_auth, settings=settings)
+    graphs = [_checked(spec) for spec in specs]
+    plan = serving.plan(graphs, name, Listen(host, port), route_prefix, api_keys_file, no_auth, settings)
     serving.serve(plan, address=address)
 
 
@@ -180,9 +172,10 @@ def deploy(
 ) -> None:
     """Deploy graphs to a running cluster, or update what is there without losing a request."""
     from moa_ray.cli import serving
+    from moa_ray.cluster.session import Listen
 
-    where = {"host": host, "port": port, "route_prefix": route_prefix}
-    plan = _plan(specs, name, **where, keys_file=api_keys_file, open_to_all=no_auth, settings=settings)
+    graphs = [_checked(spec) for spec in specs]
+    plan = serving.plan(graphs, name, Listen(host, port), route_prefix, api_keys_file, no_auth, settings)
     if dry_run:
         serving.dry_run(plan, specs)
     else:

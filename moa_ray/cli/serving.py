@@ -51,10 +51,8 @@ class Plan:
 
 def plan(
     graphs: Sequence[Graph],
-    *,
     app: str | None,
-    host: str,
-    port: int,
+    listen: Listen,
     route_prefix: str,
     keys_file: Path | None,
     open_to_all: bool,
@@ -68,7 +66,6 @@ def plan(
     """
     if not re.fullmatch(r"/[\w./-]*", route_prefix):
         raise RequestError(f"--route-prefix {route_prefix!r}: begin with a slash; letters, digits, `-`, `_`, `.`, `/`")
-    listen = Listen(host, port)
     keys = () if open_to_all else api_keys(keys_file)
     generated = "" if keys or open_to_all or listen.local else f"sk-moa-{token_urlsafe(24)}"
     server = _settings(settings).model_copy(update={"api_keys": (SecretStr(generated),) if generated else keys})

@@ -6,5 +6,6 @@ Touches `errors` alone; speaks the HTTP of `server` through `httpx2`.
 from moa_ray.client.answer import AgentCall, Answer, Delta, Draft, Event, Finished, Usage
 from moa_ray.client.asynchronous import AsyncClient
 from moa_ray.client.synchronous import Client
+from moa_ray.client.wire import Asked
 
-__all__ = ["AgentCall", "Answer", "AsyncClient", "Client", "Delta", "Draft", "Event", "Finished", "Usage"]
+__all__ = ["AgentCall", "Answer", "Asked", "AsyncClient", "Client", "Delta", "Draft", "Event", "Finished", "Usage"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import httpx2
 import tenacity
 
 from moa_ray.client import wire
 from moa_ray.client.answer import Answer, Assembly, Event, answer_of
-from moa_ray.client.wire import Messages
+from moa_ray.client.wire import Asked, Messages
 
 
 class AsyncClient:
@@ -39,53 +39,26 @@ class AsyncClient:
         self._default = model
         self._http = httpx2.AsyncClient(**self._settings.http())
 
-    async def run(
-        self,
-        prompt: str | Messages,
-        *,
-        model: str | None = None,
-        drafts: bool = False,
-        k: int | list[int] | None = None,
-        policy: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Answer:
+    async def run(self, prompt: str | Messages, **asked: Unpack[Asked]) -> Answer:
         """Answer `prompt`, or the last message of a conversation.
 
         Args:
             prompt: A question, or OpenAI's chat messages.
-            model: A graph, or `graph/agent`, in place of the client's own.
-            drafts: Whether the answer brings the proposals.
-            k: Ask only the first `k` agents of each layer; a list says it layer by layer.
-            policy: Keys of the graph's policy with other values, within its deployer's limits.
-            options: `temperature`, `top_p`, `max_tokens`, `seed`, `stop`, `tools`, `response_format` and the like,
-                for the aggregator.
+            asked: Model, drafts, `k`, policy, and OpenAI's options; see `Asked`.
 
         Raises:
             MoARayError: The error that the server met; `ServerUnreachable` where it cannot be reached.
         """
-        body = wire.body_of(
-            await self._model(model), prompt, stream=False, drafts=drafts, k=k, policy=policy, options=options
-        )
+        body = wire.body_of(await self._model(asked.get("model")), prompt, asked, stream=False)
         response = await self._request("POST", "/chat/completions", body)
         return answer_of(response.json(), response.headers.get("x-request-id", ""))
 
-    async def stream(
-        self,
-        prompt: str | Messages,
-        *,
-        model: str | None = None,
-        drafts: bool = False,
-        k: int | list[int] | None = None,
-        policy: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> AsyncGenerator[Event, None]:
+    async def stream(self, prompt: str | Messages, **asked: Unpack[Asked]) -> AsyncGenerator[Event, None]:
         """Answer `prompt` as it comes: `Draft`s, `Delta`s, and `Finished` with the whole answer.
 
         Takes and raises what `run` does. Closing the generator stops every engine.
         """
-        body = wire.body_of(
-            await self._model(model), prompt, stream=True, drafts=drafts, k=k, policy=policy, options=options
-        )
+        body = wire.body_of(await self._model(asked.get("model")), prompt, asked, stream=True)
         response = await self._request("POST", "/chat/completions", body, stream=True)
         assembly = Assembly(response.headers.get("x-request-id", ""))
         try:

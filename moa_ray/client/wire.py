@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import httpx2
 import tenacity
@@ -18,10 +18,35 @@ Messages = Iterable[Mapping[str, Any]]
 _LONGEST_PAUSE_S = 8.0
 _LONGEST_WISHED_PAUSE_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0
-_KNOWN_OPTIONS = {
-    *("temperature", "top_p", "max_tokens", "seed", "stop", "frequency_penalty", "presence_penalty"),
-    *("tools", "tool_choice", "parallel_tool_calls", "response_format"),
-}
+
+
+class Asked(TypedDict, total=False):
+    """What may be said of a question beside itself.
+
+    Args:
+        model: A graph, or `graph/agent`, in place of the client's own.
+        drafts: Whether the answer brings the proposals.
+        k: Ask only the first `k` agents of each layer; a list says it layer by layer.
+        policy: Keys of the graph's policy with other values, within its deployer's limits.
+
+    The others are OpenAI's, for the aggregator.
+    """
+
+    model: str | None
+    drafts: bool
+    k: int | list[int] | None
+    policy: Mapping[str, Any] | None
+    temperature: float | None
+    top_p: float | None
+    max_tokens: int | None
+    seed: int | None
+    stop: str | list[str] | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    tools: list[dict[str, Any]] | None
+    tool_choice: str | dict[str, Any] | None
+    parallel_tool_calls: bool | None
+    response_format: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +90,18 @@ def _pause_s(state: tenacity.RetryCallState) -> float:
     return random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, 0.5 * 2.0 ** (state.attempt_number - 1))
 
 
-def body_of(
-    model: str,
-    prompt: str | Messages,
-    *,
-    stream: bool,
-    drafts: bool,
-    k: int | list[int] | None,
-    policy: Mapping[str, Any] | None,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
+def body_of(model: str, prompt: str | Messages, asked: Asked, *, stream: bool) -> dict[str, Any]:
     """Body of a chat completion.
 
     Raises:
         RequestError: For options that there are not.
     """
-    if unknown := sorted(options.keys() - _KNOWN_OPTIONS):
-        raise RequestError(f"unknown option: {', '.join(unknown)}", hint=f"known: {', '.join(sorted(_KNOWN_OPTIONS))}")
+    if unknown := sorted(asked.keys() - Asked.__annotations__.keys()):
+        raise RequestError(f"unknown option: {', '.join(unknown)}", hint=f"known: {', '.join(Asked.__annotations__)}")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    moa = {"drafts": drafts, "k": k, "policy": dict(policy or {})}
+    moa = {"drafts": asked.get("drafts", False), "k": asked.get("k"), "policy": dict(asked.get("policy") or {})}
     streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    options = {name: value for name, value in asked.items() if name not in ("model", "drafts", "k", "policy")}
     return {"model": model, "messages": messages, "moa": moa, **streaming, **options}
 
 
@@ -115,7 +132,7 @@ def check(response: httpx2.Response) -> httpx2.Response:
     if response.headers.get("x-should-retry") == "false":
         error.__dict__["retryable"] = False  # of this one alone, whatever its class says
     if (after := response.headers.get("retry-after", "")).isdecimal():
-        error.__dict__["retry_after_s"] = float(after)
+        error.retry_after_s = float(after)
     raise error
 
 

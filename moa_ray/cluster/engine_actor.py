@@ -7,10 +7,11 @@ from contextlib import aclosing
 from math import inf, isinf
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from moa_ray.cluster.translate import cause_of, in_one_line, reading
 from moa_ray.engines import registry
 from moa_ray.engines._coalesce import coalesce
 from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, Usage
@@ -77,16 +78,12 @@ class HandleEngine:
         """Chunks from one replica; closing the generator cancels the call there."""
         whole = isinf(request.flush_s)  # a plain call costs less than half of a streamed one
         response: Any = self._call.complete.remote(request) if whole else self._stream.remote(request)
-        try:
+        with reading(response, self._translated):
             if whole:
                 yield await response
             else:
                 async for chunk in response:
                     yield chunk
-        except (RayError, RayServeException) as error:
-            raise self._translated(error) from None
-        finally:
-            response.cancel()
 
     async def warm(self, request: EngineRequest) -> Usage:
         """Prefill on one replica."""
@@ -109,7 +106,7 @@ class HandleEngine:
 
     def _translated(self, error: Exception) -> EngineError:
         """Ray's view of a failed call, as ours."""
-        cause = error.cause if isinstance(error, RayTaskError) else error
+        cause = cause_of(error)
         if isinstance(cause, EngineError):
             cause.engine = self._name
             return cause
@@ -117,5 +114,4 @@ class HandleEngine:
             return EngineUnavailable(cause.message, engine=self._name, hint=cause.hint)
         if isinstance(cause, BackPressureError):
             return EngineOverloaded(f"every replica of {self._name} is full", engine=self._name)
-        first_line = (str(cause).strip().splitlines() or [""])[0]
-        return EngineUnavailable(f"{type(cause).__name__}: {first_line}", engine=self._name)
+        return EngineUnavailable(in_one_line(cause), engine=self._name)

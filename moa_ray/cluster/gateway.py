@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from moa_ray.cluster.translate import error_of_run
+from moa_ray.cluster.translate import reading
 from moa_ray.graph import Graph, Message
 from moa_ray.runtime import Event, RunOptions
 
@@ -44,13 +44,9 @@ class RouterBackend:
     ) -> AsyncGenerator[list[Event], None]:
         """Run one request; closing the generator cancels it, down to the engines."""
         response: Any = self._streams[graph].remote(messages, options)
-        try:
+        with reading(response):
             async for batch in response:
                 yield batch
-        except (RayError, RayServeException) as error:
-            raise error_of_run(error) from None
-        finally:
-            response.cancel()
 
     async def unready(self) -> list[str]:
         """Names of the graphs that cannot answer now."""

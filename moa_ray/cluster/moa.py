@@ -11,13 +11,11 @@ from typing import Any
 from uuid import uuid4
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from moa_ray.cluster.app import router_of
 from moa_ray.cluster.deploy import Progress, deploy
 from moa_ray.cluster.session import Session
-from moa_ray.cluster.translate import error_of_run
+from moa_ray.cluster.translate import reading
 from moa_ray.engines import registry
 from moa_ray.graph import Graph, Message, conversation, load
 from moa_ray.runtime import Event, RunOptions, RunResult
@@ -79,13 +77,9 @@ class MoA:
     ) -> Generator[Event, None, None]:
         """`stream` for code without an event loop. Closing the generator cancels the run."""
         response: Any = self._handle.remote(conversation(prompt), options or RunOptions())
-        try:
+        with reading(response):
             for batch in response:
                 yield from batch
-        except (RayError, RayServeException) as error:
-            raise error_of_run(error) from None
-        finally:
-            response.cancel()
 
     async def stream(
         self, prompt: str | Iterable[Message], options: RunOptions | None = None
@@ -95,14 +89,10 @@ class MoA:
         Closing the generator cancels the run. Raises as `run` does, after the last event.
         """
         response: Any = self._handle.remote(conversation(prompt), options or RunOptions())
-        try:
+        with reading(response):
             async for batch in response:
                 for event in batch:
                     yield event
-        except (RayError, RayServeException) as error:
-            raise error_of_run(error) from None
-        finally:
-            response.cancel()
 
     def close(self) -> None:
         """Take the application down, and the cluster if this object started it. Safe to call twice."""

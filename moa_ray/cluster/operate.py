@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -79,12 +80,12 @@ def status(app: str | None = None) -> list[AppStatus]:
     Raises:
         RequestError: If there is no such application.
     """
-    names = [app] if app else [name for name, details in serve_details()["applications"].items() if _graphs(details)]
-    return [_status(name) for name in names]
+    if app:
+        return [_status(app, _details(app))]
+    return [_status(name, details) for name, details in serve_details()["applications"].items() if _graphs(details)]
 
 
-def _status(app: str) -> AppStatus:
-    details = _details(app)
+def _status(app: str, details: Mapping[str, Any]) -> AppStatus:
     engines: list[EngineStatus] = []
     try:
         for name in _graphs(details):
@@ -180,16 +181,20 @@ def _graphs(details: Mapping[str, Any]) -> list[str]:
 
 
 def _ask(app: str, deployment: str, method: str) -> Any:
-    handle = serve.get_deployment_handle(deployment, app)
-    try:
+    """What one replica answers."""
+    with _answering(app, deployment) as handle:
         return getattr(handle, method).remote().result(timeout_s=_ANSWER_TIMEOUT_S)
-    except (RayError, RayServeException, TimeoutError) as error:
-        raise ClusterError(f"{deployment} of {app} does not answer: {type(error).__name__}") from error
 
 
 def _ask_all(app: str, deployment: str, method: str) -> Any:
-    handle = serve.get_deployment_handle(deployment, app)
-    try:
+    """What each replica answers."""
+    with _answering(app, deployment) as handle:
         return handle.broadcast(method).results(timeout_s=_ANSWER_TIMEOUT_S)
+
+
+@contextmanager
+def _answering(app: str, deployment: str) -> Generator[Any, None, None]:
+    try:
+        yield serve.get_deployment_handle(deployment, app)
     except (RayError, RayServeException, TimeoutError) as error:
         raise ClusterError(f"{deployment} of {app} does not answer: {type(error).__name__}") from error

@@ -104,16 +104,17 @@ class _Routes:
         try:
             async with self._admission.place():
                 streams = [self._backend.stream(graph, messages, _nth(options, n)) for n in range(len(answer.choices))]
-                async with aclosing(merged(streams, self._settings.silence_s)) as batches:
+                async with aclosing(merged(streams, answer.choices, self._settings.silence_s)) as batches:
                     if body.stream:
                         async with aclosing(answer.chunks(batches)) as chunks:
                             async for chunk in chunks:
                                 yield chunk
                         status = 200
                     else:
-                        whole = await answer.whole(batches)
+                        async for _ in batches:
+                            pass
                         status = 200
-                        yield whole
+                        yield answer.whole()
         except MoARayError as error:
             status = error.http_status
             raise
@@ -186,12 +187,7 @@ class _EventStream(StreamingResponse):
         Raises:
             MoARayError: If there is none.
         """
-        try:
-            first = await anext(pieces)
-        except BaseException:
-            await pieces.aclose()
-            raise
-        return cls(_encoded(first, pieces, done, request_id))
+        return cls(_encoded(await anext(pieces), pieces, done, request_id))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._body):

@@ -27,10 +27,8 @@ class Chat:
         self._drafts = drafts
         self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": request.model}
 
-    async def whole(self, batches: AsyncGenerator[Batch | None, None]) -> dict[str, Any]:
-        """The answer as one object."""
-        async for batch in batches:
-            self._book(batch)
+    def whole(self) -> dict[str, Any]:
+        """The answer as one object, once all is booked."""
         choices = [
             {"index": index, "message": self._message(choice), "logprobs": None, "finish_reason": choice.finish_reason}
             for index, choice in enumerate(self.choices)
@@ -55,7 +53,6 @@ class Chat:
         """The answer in chunks; None where there is silence. The first chunk of a choice is its role."""
         silent = True
         async for batch in batches:
-            self._book(batch)
             number, events = batch or (0, [])
             deltas = [delta for event in events if (delta := self._delta(event))]
             if silent and (deltas or batch is None):
@@ -75,11 +72,6 @@ class Chat:
     @property
     def _is_last(self) -> bool:
         return not self._request.include_usage and all(choice.end for choice in self.choices)
-
-    def _book(self, batch: Batch | None) -> None:
-        if batch:
-            for event in batch[1]:
-                self.choices[batch[0]].add(event)
 
     def _delta(self, event: Event) -> dict[str, Any]:
         match event:
@@ -110,7 +102,7 @@ def _reasoning(text: str) -> dict[str, str]:
 
 def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens of every call of every run; those that are not the answer's count as reasoning."""
-    total = sum((choice.usage for choice in choices), Usage())
+    total = sum((choice.ledger.usage for choice in choices), Usage())
     return {
         "prompt_tokens": total.prompt_tokens,
         "completion_tokens": total.completion_tokens,

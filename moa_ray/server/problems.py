@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from moa_ray.errors import EngineOverloaded, MoARayError, Overloaded
+from moa_ray.errors import MoARayError
 
 _LOG = logging.getLogger("moa_ray.server")
 _RETRY_AFTER_S = 1.0
@@ -58,7 +58,7 @@ def headers_of(error: MoARayError) -> dict[str, str]:
         return {"x-should-retry": "false"}
     headers = {"x-should-retry": "true"}
     if error.http_status in (429, 503):
-        wished = error.retry_after_s if isinstance(error, EngineOverloaded | Overloaded) else None
+        wished = error.retry_after_s if error.http_status == 429 else None
         headers["Retry-After"] = f"{max(wished or _RETRY_AFTER_S, 1):.0f}"
     return headers
 

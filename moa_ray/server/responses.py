@@ -27,19 +27,14 @@ class Response:
         self._id, self._item, self._created = f"resp_{uuid4().hex}", f"msg_{uuid4().hex}", int(time.time())
         self._numbers = count()
 
-    async def whole(self, batches: AsyncGenerator[Batch | None, None]) -> dict[str, Any]:
-        """The answer as one object."""
-        async for batch in batches:
-            for event in batch[1] if batch else ():
-                self.choices[0].add(event)
-        return self._object("incomplete" if self._cut else "completed")
+    def whole(self) -> dict[str, Any]:
+        """The answer as one object, once all is booked."""
+        return self._object(self._status)
 
     async def chunks(self, batches: AsyncGenerator[Batch | None, None]) -> AsyncGenerator[dict[str, Any] | None, None]:
         """The answer as typed events; None where there is silence."""
         begun = False
         async for batch in batches:
-            for event in batch[1] if batch else ():
-                self.choices[0].add(event)
             texts = [event.text for event in batch[1] if isinstance(event, AnswerDelta)] if batch else []
             if not begun and (texts or batch is None):
                 begun = True
@@ -51,7 +46,7 @@ class Response:
                 yield self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])
             if batch is None:
                 yield None
-        text, status = self._text, "incomplete" if self._cut else "completed"
+        text, status = self._text, self._status
         yield self._event("response.output_text.done", **self._place, text=text, logprobs=[])
         yield self._event("response.content_part.done", **self._place, part=_part(text))
         yield self._event("response.output_item.done", output_index=0, item=self._message(status, [_part(text)]))
@@ -62,8 +57,8 @@ class Response:
         return "".join(self.choices[0].text)
 
     @property
-    def _cut(self) -> bool:
-        return self.choices[0].finish_reason == "length"
+    def _status(self) -> str:
+        return "incomplete" if self.choices[0].finish_reason == "length" else "completed"
 
     @property
     def _place(self) -> dict[str, Any]:

@@ -6,16 +6,17 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from moa_ray.engines.protocol import Usage
 from moa_ray.runtime import AgentFinished, AnswerDelta, CallRecord, Event, Ledger, RunFinished
 
 Batch = tuple[int, list[Event]]
 
 
 async def merged(
-    streams: Sequence[AsyncGenerator[list[Event], None]], silence_s: float
+    streams: Sequence[AsyncGenerator[list[Event], None]], choices: Sequence[Choice], silence_s: float
 ) -> AsyncGenerator[Batch | None, None]:
     """Batches of events of several runs with the run's number, as they come; None after each `silence_s` without any.
+
+    Each event is booked with its run's choice first.
 
     Closing the generator, and the first error of a run, closes all of them.
     """
@@ -29,6 +30,8 @@ async def merged(
                 number = pending.pop(task)
                 if batch := task.result():
                     pending[asyncio.ensure_future(_next(streams[number]))] = number
+                    for event in batch:
+                        choices[number].add(event)
                     yield number, batch
     finally:
         for task in pending:
@@ -71,11 +74,6 @@ class Choice:
     def finish_reason(self) -> str:
         """Why the answer ended."""
         return (self.end.finish_reason if self.end else None) or "stop"
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens of all calls."""
-        return self.ledger.usage
 
     @property
     def reasoning_tokens(self) -> int:

@@ -32,26 +32,26 @@ class TextPart(BaseModel):
 
 
 class _Turn(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
 
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+    def message(self) -> Message:
+        """The turn as the rest of moa-ray has it."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatMessage(_Turn):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
     def message(self) -> Message:
         """The turn as the rest of moa-ray has it."""
-        message: Message = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        message = super().message()
         if self.name:
             message["name"] = self.name
         if self.tool_calls:
@@ -167,9 +167,7 @@ class ResponsesRequest(_Request):
         turns: list[Message] = [{"role": "system", "content": self.instructions}] if self.instructions else []
         if isinstance(self.input, str):
             return [*turns, {"role": "user", "content": self.input}]
-        for item in self.input:
-            turns.append({"role": "system" if item.role == "developer" else item.role, "content": item.text})
-        return turns
+        return [*turns, *(item.message() for item in self.input)]
 
     def run_options(self) -> RunOptions:
         """How the run is wanted.

@@ -135,19 +135,11 @@ def test_a_number_of_replicas_that_makes_no_sense_is_refused(wanted: str) -> Non
 
 def test_an_open_server_beyond_loopback_makes_itself_a_key(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moa_ray.cli.serving import plan
+    from moa_ray.cluster.session import Listen
     from moa_ray.graph import load
 
     def keys(host: str, **given: bool) -> int:
-        made = plan(
-            [load(spec)],
-            app=None,
-            host=host,
-            port=1,
-            route_prefix="/",
-            keys_file=None,
-            open_to_all=given.get("open_to_all", False),
-            settings=[],
-        )
+        made = plan([load(spec)], None, Listen(host, 1), "/", None, given.get("open_to_all", False), [])
         assert bool(made.generated_key) == bool(made.settings.api_keys)
         return len(made.settings.api_keys)
 

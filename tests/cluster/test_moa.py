@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from moa_ray import MoA
 from moa_ray.errors import ClusterError, EngineRefused, QuorumNotMet, RequestError, ResourcesShort, SpecError
 from moa_ray.graph import Graph, from_dict
 from moa_ray.runtime import AgentDelta, AgentStarted, RunFinished, RunOptions
+from tests.conftest import until
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
 
@@ -87,14 +87,6 @@ def test_an_empty_prompt_is_refused_at_once(moa: MoA) -> None:
         moa.run(" ")
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    """Wait for what must become true; bounded."""
-    give_up = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < give_up, "it never became true"
-        time.sleep(0.05)
-
-
 def test_every_engine_is_an_actor_and_closing_takes_them_away() -> None:
     inline = {"kind": "scripted", "model": "m", "resources": {"num_gpus": 1}}
     names = ("a1", "a2", "a3", "chief")
@@ -104,7 +96,7 @@ def test_every_engine_is_an_actor_and_closing_takes_them_away() -> None:
         assert ray.available_resources().get("GPU") == 8 - len(names)
         moa.run("why?")
     assert moa.app not in serve.status().applications
-    _until(lambda: ray.available_resources().get("GPU") == 8)
+    until(lambda: ray.available_resources().get("GPU") == 8)
 
 
 def test_a_failure_of_the_run_reaches_the_caller_as_itself() -> None:
@@ -146,7 +138,7 @@ def test_what_no_node_can_hold_is_told_by_resource_and_engine(
     before = set(serve.status().applications)
     with pytest.raises(ResourcesShort, match=message):
         MoA(graph({"resources": resources}))
-    _until(lambda: set(serve.status().applications) <= before)
+    until(lambda: set(serve.status().applications) <= before)
 
 
 def test_an_engine_that_cannot_start_is_told_with_its_reason() -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from tests.http import answering
 
 KEY = "sk-secret-of-the-test"
 WORDS = [f"w{n} " for n in range(64)]
@@ -107,16 +107,8 @@ def _sse(data: dict[str, Any]) -> bytes:
 def serving() -> Iterator[tuple[str, Endpoint]]:
     """The endpoint in a thread: its base URL, and what it saw."""
     endpoint = Endpoint()
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(endpoint.app(), log_level="critical", lifespan="off", ws="none"))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", endpoint
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
-        listener.close()
+    with answering(endpoint.app()) as url:
+        yield f"{url}/v1", endpoint
 
 
 if __name__ == "__main__":

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
-import threading
-import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
-
-import uvicorn
 
 from moa_ray.engines import Scripted
 from moa_ray.graph import Graph, Message
 from moa_ray.runtime import Event, Runner, RunOptions
 from moa_ray.server import ServerSettings, create_app
+from tests.conftest import until
+from tests.http import answering
 from tests.runtime.panels import panel
 
 
@@ -54,10 +50,7 @@ class Served:
 
     def until_idle(self) -> None:
         """Wait until no engine call is in flight; bounded."""
-        give_up = time.monotonic() + 10
-        while self.engine.active:
-            assert time.monotonic() < give_up, "an engine call goes on"
-            time.sleep(0.01)
+        until(lambda: not self.engine.active, within_s=10)
 
 
 @contextmanager
@@ -65,26 +58,7 @@ def serving(
     *layers: int, settings: ServerSettings | None = None, spec: Mapping[str, Any] | None = None, **options: Any
 ) -> Iterator[Served]:
     """A panel of so many agents a layer (see `panel`) behind HTTP on loopback."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    started = threading.Event()
-    made: list[tuple[LocalBackend, Scripted, uvicorn.Server]] = []
-
-    async def serve() -> None:
-        runner, engine = panel(*(layers or (3,)), spec=spec, **options)
-        backend = LocalBackend(runner)
-        app = create_app(backend, settings)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
-        made.append((backend, engine, server))
-        started.set()
-        await server.serve([listener])
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-    thread.start()
-    assert started.wait(10)
-    backend, engine, server = made[0]
-    try:
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", backend, engine)
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
-        listener.close()
+    runner, engine = panel(*(layers or (3,)), spec=spec, **options)
+    backend = LocalBackend(runner)
+    with answering(create_app(backend, settings)) as url:
+        yield Served(url, backend, engine)

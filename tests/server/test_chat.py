@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -15,18 +14,6 @@ from tests.server.local import Served, serving
 
 WHY: list[ChatCompletionMessageParam] = [{"role": "user", "content": "why?"}]
 TOOL: Any = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving(2, reply="{agent} says {prompt}", replies={"chief": "one two three four"}) as served:
-        yield served
-
-
-@pytest.fixture
-def client(served: Served) -> openai.OpenAI:
-    served.engine.calls.clear()
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
 
 
 def test_a_whole_answer_has_text_usage_and_the_account_of_every_agent(client: openai.OpenAI) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ from moa_ray.errors import ClusterError, RequestError, ResourcesShort, SpecError
 from moa_ray.graph import Graph, from_dict
 from moa_ray.server import ServerSettings
 from moa_ray.server.deployed import api_keys, application, config, http
-from tests.conftest import HTTP_PORT
+from tests.conftest import HTTP_PORT, until
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
 
@@ -71,13 +71,6 @@ def replicas(app: str) -> dict[str, set[str]]:
         name: {r["actor_id"] for r in deployment["replicas"] if r["state"] == "RUNNING"}
         for name, deployment in details_of(app)["deployments"].items()
     }
-
-
-def until(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < give_up, "it never became true"
-        time.sleep(0.05)
 
 
 class Load:
