@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
+from ray._private.state import available_resources_per_node
 from ray.serve.schema import ApplicationStatus
 
 from moa_ray.cluster.app import actor_options, build, deployment_of
@@ -19,8 +20,8 @@ from moa_ray.engines import registry
 from moa_ray.errors import ClusterError, ResourcesShort
 from moa_ray.graph import EngineSpec, Graph
 
-PLACE_TIMEOUT_S = 15.0
-"""How long a replica may wait for a free place in the cluster."""
+PLACE_TIMEOUT_S = 20.0
+"""How long a replica may wait while no node has room for it."""
 START_TIMEOUT_S = 600.0
 """How long all replicas together may take to load their models."""
 _ABANDON_TIMEOUT_S = 10.0
@@ -89,10 +90,11 @@ def _engines(graphs: Sequence[Graph]) -> Iterator[tuple[Graph, str, EngineSpec, 
 
 def _wait(graphs: Sequence[Graph], app: str, progress: Progress | None) -> None:
     started = time.monotonic()
+    had_room = started
     told: dict[str, tuple[int, int]] = {}
     while True:
         status = serve.status().applications.get(app)
-        waited_s = time.monotonic() - started
+        now = time.monotonic()
         if status is not None:
             ready = {
                 name: (running.replica_states.get("RUNNING", 0), sum(running.replica_states.values()))
@@ -106,9 +108,12 @@ def _wait(graphs: Sequence[Graph], app: str, progress: Progress | None) -> None:
                 return
             if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise _failure(graphs, status)
-        if waited_s > PLACE_TIMEOUT_S and (unplaced := _unplaced(graphs, app)):
+        unplaced = _unplaced(graphs, app)
+        if unplaced is None:
+            had_room = now
+        elif now - had_room > PLACE_TIMEOUT_S:
             raise _short(*unplaced)
-        if waited_s > START_TIMEOUT_S:
+        if now - started > START_TIMEOUT_S:
             raise ClusterError(f"the engines of {app} did not come up within {START_TIMEOUT_S:g} s")
         time.sleep(_POLL_S)
 
@@ -117,19 +122,28 @@ def _check_feasible(graphs: Sequence[Graph]) -> None:
     """An engine that no node could ever hold need not be waited for."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for graph, name, spec, _ in _engines(graphs):
-        demand = _demand(spec)
-        if not any(all(node.get(key, 0) >= amount for key, amount in demand.items()) for node in nodes):
+        if not _fits(_demand(spec), nodes):
             raise _short(graph, name, spec)
 
 
 def _unplaced(graphs: Sequence[Graph], app: str) -> tuple[Graph, str, EngineSpec] | None:
-    """An engine with a replica that Ray has not found a node for."""
+    """An engine with a replica that is on no node and that no node has room for now.
+
+    A replica has no node until its process runs, which takes long on a busy machine, room or not.
+    """
     deployments = details_of(app).get("deployments") or {}
+    free = list(available_resources_per_node().values())
     for graph, name, spec, deployment in _engines(graphs):
         replicas = deployments.get(deployment, {}).get("replicas", [])
-        if _demand(spec) and any(r["state"] == "STARTING" and not r.get("node_id") for r in replicas):
+        nowhere = any(r["state"] == "STARTING" and not r.get("node_id") for r in replicas)
+        if nowhere and not _fits(_demand(spec), free):
             return graph, name, spec
     return None
+
+
+def _fits(demand: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> bool:
+    """Whether one of the nodes, each given by its resources, holds all of `demand`."""
+    return any(all(node.get(key, 0) >= amount for key, amount in demand.items()) for node in nodes)
 
 
 def _short(graph: Graph, engine: str, spec: EngineSpec) -> ResourcesShort:

@@ -7,11 +7,10 @@ from contextlib import aclosing
 from math import inf, isinf
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from moa_ray.cluster.translate import cause_of, in_one_line, reading
+from moa_ray.cluster.calls import Method, cause_of, in_one_line, reading
 from moa_ray.engines import registry
 from moa_ray.engines._coalesce import coalesce
 from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, Usage
@@ -63,9 +62,9 @@ class HandleEngine:
 
     def __init__(self, name: str, handle: DeploymentHandle[Any]) -> None:
         self._name = name
-        # Each `.options()` makes a router of its own in Serve, so handles are made once.
-        self._stream = handle.options(method_name="stream", stream=True)
-        self._call = handle
+        self._handle = handle
+        self._stream = Method(handle, "stream", stream=True)
+        self._complete = Method(handle, "complete")
         self._info: EngineInfo | None = None
 
     async def info(self) -> EngineInfo:
@@ -77,7 +76,7 @@ class HandleEngine:
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
         """Chunks from one replica; closing the generator cancels the call there."""
         whole = isinf(request.flush_s)  # a plain call costs less than half of a streamed one
-        response: Any = self._call.complete.remote(request) if whole else self._stream.remote(request)
+        response: Any = self._complete(request) if whole else self._stream(request)
         with reading(response, self._translated):
             if whole:
                 yield await response
@@ -99,12 +98,11 @@ class HandleEngine:
         """The deployment outlives its handles."""
 
     async def _ask(self, method: str, *args: Any) -> Any:
-        try:
-            return await getattr(self._call, method).remote(*args)
-        except (RayError, RayServeException) as error:
-            raise self._translated(error) from None
+        response = getattr(self._handle, method).remote(*args)
+        with reading(response, self._translated):
+            return await response
 
-    def _translated(self, error: Exception) -> EngineError:
+    def _translated(self, error: BaseException) -> EngineError:
         """Ray's view of a failed call, as ours."""
         cause = cause_of(error)
         if isinstance(cause, EngineError):

@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from moa_ray.cluster.translate import reading
+from moa_ray.cluster.calls import Method, reading
 from moa_ray.graph import Graph, Message
 from moa_ray.runtime import Event, RunOptions
 
@@ -27,7 +27,7 @@ class RouterBackend:
 
     def __init__(self, routers: Mapping[str, DeploymentHandle[Any]]) -> None:
         self._routers = dict(routers)
-        self._streams = {name: h.options(method_name="stream", stream=True) for name, h in routers.items()}
+        self._streams = {name: Method(handle, "stream", stream=True) for name, handle in routers.items()}
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ class RouterBackend:
         self, graph: str, messages: list[Message], options: RunOptions
     ) -> AsyncGenerator[list[Event], None]:
         """Run one request; closing the generator cancels it, down to the engines."""
-        response: Any = self._streams[graph].remote(messages, options)
+        response: Any = self._streams[graph](messages, options)
         with reading(response):
             async for batch in response:
                 yield batch

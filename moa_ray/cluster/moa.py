@@ -13,9 +13,9 @@ from uuid import uuid4
 from ray import serve
 
 from moa_ray.cluster.app import router_of
+from moa_ray.cluster.calls import reading
 from moa_ray.cluster.deploy import Progress, deploy
 from moa_ray.cluster.session import Session
-from moa_ray.cluster.translate import reading
 from moa_ray.engines import registry
 from moa_ray.graph import Graph, Message, conversation, load
 from moa_ray.runtime import Event, RunOptions, RunResult

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from itertools import accumulate, takewhile
 from typing import Any, ClassVar, Literal
@@ -126,7 +127,8 @@ class Scripted:
         self.decoded = 0
         self.active = 0
         self._calls_of: dict[str, int] = {}
-        self._prefixes: dict[int, None] = {}  # hashes of all prefixes of earlier prompts, the oldest first
+        # Hashes of all prefixes of earlier prompts, the oldest first.
+        self._prefixes: OrderedDict[int, None] = OrderedDict()
         self._slots = asyncio.Semaphore(self.options.concurrency) if self.options.concurrency else None
 
     @classmethod
@@ -216,10 +218,10 @@ class Scripted:
         keys = list(accumulate(prompt, lambda key, token: hash((key, token)), initial=0))[1:]
         cached = sum(1 for _ in takewhile(self._prefixes.__contains__, keys))
         for key in reversed(keys):  # the shortest prefix last: without it the longer ones are of no use
-            self._prefixes.pop(key, None)
             self._prefixes[key] = None
+            self._prefixes.move_to_end(key)
         while len(self._prefixes) > _REMEMBERED_PREFIXES:
-            del self._prefixes[next(iter(self._prefixes))]
+            self._prefixes.popitem(last=False)
         return cached
 
 
