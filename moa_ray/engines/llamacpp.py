@@ -91,7 +91,7 @@ class LlamaCpp:
         if self._context_window is None:
             slots = await self._call("GET", "/slots")
             self._context_window = int(slots[0]["n_ctx"])
-        return EngineInfo(self.model, self._context_window, prefix_cache=True)
+        return EngineInfo(self.model, self._context_window, prefix_cache=True, continues=True)
 
     async def count_tokens(self, messages: tuple[Message, ...]) -> int:
         """Exact, by the model's own template and vocabulary."""
@@ -229,7 +229,7 @@ def _payload(request: EngineRequest) -> dict[str, Any]:
         "stop": sampling.stop or None,
     }
     return {
-        "messages": request.messages,
+        "messages": request.messages_to_continue,
         "stream": True,
         "stream_options": {"include_usage": True},
         "timings_per_token": True,  # tells how many tokens a piece of text stands for

@@ -55,6 +55,11 @@ class OpenAIOptions(BaseModel):
     """Longest silence: before the first token, and between two."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Further fields of every request, such as `{top_k: 40}`."""
+    continues: bool = False
+    """Whether the endpoint continues an assistant message at the end, so that an answer that broke off can go on."""
+    continue_body: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of a request that continues; vLLM wants `{add_generation_prompt: false,
+    continue_final_message: true}`."""
 
 
 class OpenAIEngine:
@@ -87,7 +92,7 @@ class OpenAIEngine:
 
     async def info(self) -> EngineInfo:
         """What the options say; an endpoint cannot be asked."""
-        return EngineInfo(self.model, self.options.context_window)
+        return EngineInfo(self.model, self.options.context_window, continues=self.options.continues)
 
     async def count_tokens(self, messages: tuple[Message, ...]) -> int:
         """An estimate from the length of the text."""
@@ -103,13 +108,15 @@ class OpenAIEngine:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
         """Stream one chat completion; closing the generator closes the connection, which stops the endpoint."""
+        options = self.options
+        continued = options.continue_body if request.continue_from else {}
         try:
             async with self._client.chat.completions.with_streaming_response.create(
                 model=self.model,
-                messages=cast(Any, list(request.messages)),
+                messages=cast(Any, list(request.messages_to_continue)),
                 stream=True,
                 stream_options={"include_usage": True},
-                extra_body={**self.options.extra_body, **request.extra} or None,
+                extra_body={**options.extra_body, **continued, **request.extra} or None,
                 **_fields(request.sampling),
             ) as response:
                 async for chunk in _chunks(self._events(response.iter_lines()), request.messages):

@@ -43,6 +43,10 @@ class EngineRequest:
         agent: Name of the agent that asks; the scripted engine picks its script by it.
         extra: Further fields in OpenAI's words (`tools`, `tool_choice`, `response_format`), for engines that
             speak its protocol.
+        continue_from: The beginning of the answer, which is to be continued and not repeated; only where the engine
+            `continues`.
+        affinity: Calls with the same key are best answered by the same replica; "" for any.
+        avoid: Replicas not to ask while there are others.
     """
 
     id: str
@@ -51,6 +55,16 @@ class EngineRequest:
     flush_s: float = 0.0
     agent: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    continue_from: str = ""
+    affinity: str = ""
+    avoid: frozenset[str] = frozenset()
+
+    @property
+    def messages_to_continue(self) -> tuple[Message, ...]:
+        """The prompt, with what there is of the answer as an assistant message at its end."""
+        if not self.continue_from:
+            return self.messages
+        return (*self.messages, {"role": "assistant", "content": self.continue_from})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +90,7 @@ class Chunk:
     Every chunk but the last has text or tool calls. The last one has `finish_reason`, the call's `usage` and,
     where the engine held text back, `ttft_s`: seconds from the engine's receipt of the call to its
     first token, which the receiver could not see. `tool_calls` are deltas as OpenAI streams them.
+    `replica` is who answers, where the engine has several; on the first chunk.
     """
 
     text: str = ""
@@ -84,6 +99,7 @@ class Chunk:
     usage: Usage | None = None
     ttft_s: float | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
+    replica: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +110,13 @@ class EngineInfo:
         model: The model's name, for people.
         context_window: Prompt plus completion tokens that fit; None where unknown.
         prefix_cache: Whether a prompt that starts like an earlier one is cheaper.
+        continues: Whether it takes a `continue_from`.
     """
 
     model: str
     context_window: int | None = None
     prefix_cache: bool = False
+    continues: bool = False
 
 
 @runtime_checkable

@@ -137,8 +137,8 @@ class Scripted:
         return cls(ScriptedOptions.model_validate(options), model=model)
 
     async def info(self) -> EngineInfo:
-        """The script's window; prefixes are always cached."""
-        return EngineInfo(self.model, self.options.context_window, prefix_cache=True)
+        """The script's window; prefixes are always cached, and answers can be continued."""
+        return EngineInfo(self.model, self.options.context_window, prefix_cache=True, continues=True)
 
     async def count_tokens(self, messages: tuple[Message, ...]) -> int:
         """One token a word, and one a role."""
@@ -172,7 +172,7 @@ class Scripted:
 
     async def _play(self, request: EngineRequest, number: int) -> AsyncGenerator[Chunk, None]:
         options = self.options
-        prompt = _tokens_of(request.messages)
+        prompt = [*_tokens_of(request.messages), *request.continue_from.split()]
         self._check_window(len(prompt))
         fault = next((fault for fault in options.faults if fault.strikes(request.agent, number)), None)
         cached = self._prefill(prompt)
@@ -205,6 +205,7 @@ class Scripted:
             text = self.options.replies.get(request.agent, self.options.reply)
             fields = {"agent": request.agent, "call": str(number), "prompt": request.messages[-1]["content"]}
             tokens = _tokens(re.sub(r"\{(agent|call|prompt)\}", lambda match: fields[match[1]], text))
+        tokens = tokens[len(_tokens(request.continue_from)) :]
         most = request.sampling.max_tokens
         return (tokens[:most], "length") if most and len(tokens) > most else (tokens, "stop")
 

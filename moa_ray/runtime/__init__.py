@@ -20,7 +20,8 @@ from moa_ray.runtime.events import (
 )
 from moa_ray.runtime.ledger import CallRecord, Ledger, RunResult
 from moa_ray.runtime.meter import EngineLoad, Meter
-from moa_ray.runtime.runner import Runner, RunOptions
+from moa_ray.runtime.plan import RunOptions
+from moa_ray.runtime.runner import Runner
 
 __all__ = [
     "AgentCancelled",

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,14 @@ async def test_a_stop_string_ends_the_answer_and_is_not_in_it(llama: LlamaCpp) -
     assert last.finish_reason == "stop"
 
 
-async def test_an_assistant_message_at_the_end_is_continued_and_not_repeated(llama: LlamaCpp) -> None:
-    whole = await _text(llama, _ask(_user("What is the capital of France?"), max_tokens=8))
-    begun = whole[: len(whole) // 2]
-    rest = await _text(llama, _ask(_user("What is the capital of France?"), {"role": "assistant", "content": begun}))
-    assert (begun + rest).startswith(whole)
+async def test_an_answer_is_continued_from_each_of_its_tokens_and_not_repeated(llama: LlamaCpp) -> None:
+    assert (await llama.info()).continues
+    asked = _ask(*TALE, max_tokens=24)
+    pieces = [chunk.text for chunk in await _all(llama, asked)]
+    for taken in range(1, 12):
+        begun = "".join(pieces[:taken])
+        rest = await _text(llama, replace(asked, continue_from=begun))
+        assert (begun + rest).startswith("".join(pieces)), begun
 
 
 async def test_counting_tokens_counts_what_a_call_takes(llama: LlamaCpp) -> None:

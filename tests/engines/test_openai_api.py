@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from email.utils import formatdate
 from time import time
 from typing import Any
@@ -64,6 +65,20 @@ async def test_the_text_comes_whole_and_the_last_chunk_tells_the_usage(make: Any
 async def test_without_usage_from_the_endpoint_it_is_estimated(make: Any) -> None:
     last = (await chunks(make("uncounted")))[-1]
     assert last.usage is not None and last.usage.completion_tokens == len(WORDS) and last.usage.prompt_tokens > 0
+
+
+async def test_an_answer_is_continued_by_an_assistant_message_where_the_endpoint_can(
+    make: Any, served: tuple[str, Endpoint]
+) -> None:
+    assert not (await make("m").info()).continues
+    engine = make("m", continues=True, continue_body={"continue_final_message": True})
+    assert (await engine.info()).continues
+    await chunks(engine, replace(request(), continue_from="w0 "))
+    body, _ = served[1].requests[-1]
+    assert body["messages"][1:] == [{"role": "assistant", "content": "w0 "}]
+    assert body["continue_final_message"] is True
+    await chunks(engine)
+    assert "continue_final_message" not in served[1].requests[-1][0]
 
 
 async def test_the_request_holds_what_was_set_and_nothing_else(make: Any, served: tuple[str, Endpoint]) -> None:

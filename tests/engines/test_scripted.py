@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,14 @@ async def test_max_tokens_cuts_the_reply_and_says_length() -> None:
     chunks = await _all(_engine(reply_tokens=9), _request(max_tokens=4))
     assert "".join(chunk.text for chunk in chunks).split() == ["1", "2", "3", "4"]
     assert chunks[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("begun", ["1 ", "1 2 3 ", "1 2 3 4 5 "])
+async def test_an_answer_goes_on_after_what_there_is_of_it(begun: str) -> None:
+    engine = _engine(reply_tokens=5)
+    *pieces, last = await _all(engine, replace(_request(), continue_from=begun))
+    assert begun + "".join(piece.text for piece in pieces) == "1 2 3 4 5 "
+    assert last.usage is not None and last.usage.completion_tokens == len(pieces)
 
 
 async def test_the_prefix_cache_counts_the_longest_common_prefix() -> None:

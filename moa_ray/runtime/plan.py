@@ -1,0 +1,113 @@
+"""What one request asks of a graph: which calls, with which prompts, sampled how. Nothing here waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any, Literal
+
+from moa_ray.engines.protocol import Sampling
+from moa_ray.graph import Call, Graph, Message, Policy
+from moa_ray.graph.prompts import Prompt
+from moa_ray.graph.spec import RankAggregator
+from moa_ray.runtime import limits
+
+_SEEDS = 2**31
+"""What every engine takes as a seed lies below."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a reader wants a run.
+
+    Args:
+        draft_flush_s: The longest time that text of a proposal may be held back; inf sends no deltas.
+        answer_flush_s: The same for the answer.
+        agent: Ask this agent alone, in place of the whole graph.
+        sampling: What the answer is to be sampled with; None leaves a value to the agent. A seed makes every call
+            of the run reproducible.
+        extra: Further fields for the answering engine, in OpenAI's words.
+        k: Ask only the first `k` agents of each layer; a sequence says it layer by layer.
+        policy: Keys of the graph's policy with other values; see `limits`.
+    """
+
+    draft_flush_s: float = inf
+    answer_flush_s: float = 0.02
+    agent: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    k: int | tuple[int, ...] | None = None
+    policy: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One request, ready to run. Make it with `of`.
+
+    Args:
+        graph: The graph, as small as the request wants it.
+        policy: The graph's policy with the request's wishes.
+        messages: The conversation.
+        options: How the reader wants the run.
+        calls: The proposers' calls, inputs before those that see them; none where one agent is asked alone.
+        answer: The call that answers or ranks; None for a vote.
+    """
+
+    graph: Graph
+    policy: Policy
+    messages: tuple[Message, ...]
+    options: RunOptions
+    calls: tuple[Call, ...]
+    answer: Call | None
+
+    @classmethod
+    def of(cls, graph: Graph, messages: Sequence[Message], options: RunOptions) -> Plan:
+        """The plan for one request.
+
+        Raises:
+            RequestError: If the options ask for what the graph or its limits do not allow.
+        """
+        graph = limits.graph_for(graph, options.k)
+        policy = limits.policy_for(graph, options.policy)
+        answer = limits.answer_for(graph, options.agent)
+        return cls(graph, policy, tuple(messages), options, () if options.agent else graph.calls, answer)
+
+    @property
+    def size(self) -> int:
+        """Engine calls of the run, where each succeeds at once."""
+        return len(self.calls) + (self.answer is not None)
+
+    def ranks(self, call: Call) -> bool:
+        """Whether `call` names the best proposal, in place of answering."""
+        return call is self.graph.answer and isinstance(self.graph.spec.aggregator, RankAggregator)
+
+    def answers(self, call: Call) -> bool:
+        """Whether the text of `call` is the run's answer."""
+        return call is self.answer and not self.ranks(call)
+
+    def prompt(self, call: Call, proposals: Sequence[str]) -> Prompt:
+        """What `call` is asked."""
+        spec = self.graph.spec
+        system = spec.agents[call.agent].system
+        task: Literal["pick", "synthesize"] = "pick" if self.ranks(call) else "synthesize"
+        return Prompt(system, self.messages, tuple(proposals), spec.prompt, task)
+
+    def sampling(self, call: Call) -> Sampling:
+        """How `call` is sampled."""
+        agent, wanted = self.graph.spec.agents[call.agent], self.options.sampling
+        seed = agent.seed + call.sample - 1 if agent.seed is not None else None
+        if wanted.seed is not None:
+            seed = (wanted.seed + (self.calls.index(call) + 1 if call in self.calls else 0)) % _SEEDS
+        sampling = Sampling(agent.temperature, agent.top_p, agent.max_tokens, seed, tuple(agent.stop))
+        if self.answers(call):
+            return replace(
+                sampling,
+                temperature=sampling.temperature if wanted.temperature is None else wanted.temperature,
+                top_p=sampling.top_p if wanted.top_p is None else wanted.top_p,
+                max_tokens=wanted.max_tokens or sampling.max_tokens,
+                stop=wanted.stop or sampling.stop,
+            )
+        if agent.max_tokens is None and call is not self.answer:  # cap proposals, never the aggregator
+            sampling = replace(sampling, max_tokens=self.graph.spec.proposal_max_tokens)
+        return sampling
