@@ -10,7 +10,9 @@ Shape suffixes: S time steps, B streams of text, V vocabulary; otherwise see `gr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from moa_ray.moe.experts import FeedForward
@@ -30,7 +32,7 @@ class Layer(nn.Module):
 
 
 class LSTMLayer(Layer):
-    """One LSTM of the model's width."""
+    """One LSTM of the model's width; in float32 on CPU, under autocast too."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -38,7 +40,10 @@ class LSTMLayer(Layer):
 
     def forward(self, x_SBD: Tensor, state: LSTMState | None) -> tuple[Tensor, LSTMState | None, None]:
         """Runs over the steps from `state`, zeros if None."""
-        y_SBD, new_state = self.lstm(x_SBD, state)
+        # torch has a bfloat16 LSTM only for CPUs with AVX-512, and fails on others.
+        on_cpu = x_SBD.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+            y_SBD, new_state = self.lstm(x_SBD, state)
         return y_SBD, new_state, None
 
 
