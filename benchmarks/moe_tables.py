@@ -154,7 +154,7 @@ def plot(title: str, names: list[str], rows: list[Row], picture: Path) -> None:
         for row in (r for r in rows if r["model"] == name):
             label = name if row["seed"] == SEEDS[0] else None
             axes.plot(*zip(*row["curve"], strict=True), color=f"C{index}", linewidth=1, label=label)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right")
     figure.savefig(picture, dpi=120)
 
 

@@ -21,7 +21,11 @@ def train(
     """Train a language model; writes checkpoints, a CSV log and a plot of the loss."""
     from moa_ray.moe.train import train
 
-    result = train(config, resume=resume, output=output, show=not as_json)
+    try:
+        result = train(config, resume=resume, output=output, show=not as_json)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; --resume goes on from the last checkpoint, where there is one", err=True)
+        raise
     balance = result.stats.summary() if result.stats else {}
     if as_json:
         figures = {
@@ -41,7 +45,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     tokens: Annotated[int, typer.Option(help="Words or bytes to add.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.", min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Continue a prompt with a trained model."""
     from moa_ray.moe.generate import generate

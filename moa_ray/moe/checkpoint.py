@@ -4,7 +4,7 @@ A checkpoint is a directory `step-00000500` with
 
     model.safetensors   weights and buffers
     run.safetensors     Adam's moments by parameter, recurrent state, random state
-    run.json            step, model configuration, vocabulary
+    run.json            step, model configuration, vocabulary, layout of the text
 
 which is everything that the next step depends on.
 """
@@ -40,6 +40,7 @@ class Checkpoint:
         step: Optimizer steps done.
         model_config: The `model` part of the training file, as JSON values.
         vocabulary: Numbering of words.
+        reads: Layout of the training text, in which `step` is a place.
         model: The model's state dict.
         run: The run's other tensors by name.
     """
@@ -47,6 +48,7 @@ class Checkpoint:
     step: int
     model_config: dict[str, Any]
     vocabulary: Vocabulary
+    reads: str
     model: dict[str, Tensor]
     run: dict[str, Tensor]
 
@@ -64,6 +66,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "model": checkpoint.model_config,
         "level": checkpoint.vocabulary.level,
         "words": list(checkpoint.vocabulary.words),
+        "reads": checkpoint.reads,
     }
     (temporary / _JSON).write_text(json.dumps(facts), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
@@ -93,8 +96,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         facts = json.loads((path / _JSON).read_text(encoding="utf-8"))
         vocabulary = Vocabulary(facts["level"], tuple(facts["words"]))
         model, run = load_file(path / _MODEL), load_file(path / _RUN)
-        return Checkpoint(facts["step"], facts["model"], vocabulary, model, run)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return Checkpoint(facts["step"], facts["model"], vocabulary, facts["reads"], model, run)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint: {error}") from error
 
 

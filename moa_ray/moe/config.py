@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from moa_ray.gating import Gate, Hierarchical, LossFreeBias, NoisyTopK, SoftmaxTopK, StrictlyBalanced
 from moa_ray.moe.errors import ConfigError
@@ -21,7 +22,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _GateConfig(_Strict):
@@ -99,6 +100,7 @@ class MoEConfig(_Strict):
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
     recompute: bool = False
     shared_hidden: Positive | None = None
+    debug: bool = False
 
     def build(self, d_model: int) -> list[Layer]:
         """The layer, alone in its list."""
@@ -109,7 +111,8 @@ class MoEConfig(_Strict):
         shared = None
         if self.shared_hidden:
             shared = FeedForward(d_model, self.shared_hidden, activation=self.activation)
-        return [MoELayer(MoE(d_model, gate, experts, capacity_factor=self.capacity_factor, shared=shared))]
+        moe = MoE(d_model, gate, experts, capacity_factor=self.capacity_factor, shared=shared, debug=self.debug)
+        return [MoELayer(moe)]
 
 
 class DenseConfig(_Strict):
@@ -180,7 +183,7 @@ class TrainConfig(_Strict):
     optim: OptimConfig = OptimConfig()
     steps: Positive
     output: Path
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every: Positive = 50
     eval_every: Positive = 500
     checkpoint_every: Positive = 500
@@ -188,6 +191,12 @@ class TrainConfig(_Strict):
     sampled_softmax: Positive | None = None
     device: str = "cpu"
     autocast: Literal["bfloat16"] | None = None
+
+    @model_validator(mode="after")
+    def _samples_by_frequency(self) -> Self:
+        if self.sampled_softmax and self.data.level == "byte":
+            raise ValueError("sampled_softmax needs data.level: word, whose numbers fall with frequency")
+        return self
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -201,8 +210,14 @@ def load_config(path: Path) -> TrainConfig:
         return TrainConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {' '.join(e['msg'].split())}" for e in error.errors()]
-        raise ConfigError("; ".join(f"{path}: {problem}" for problem in problems)) from error
+        raise ConfigError("; ".join(f"{path}: {_problem(e)}" for e in error.errors())) from error
+
+
+def _problem(error: ErrorDetails) -> str:
+    message = " ".join(error["msg"].removeprefix("Value error, ").split())
+    return f"{'.'.join(map(str, error['loc'])) or 'file'}: {message}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from moa_ray.moe.checkpoint import load_checkpoint, load_weights
 from moa_ray.moe.config import ModelConfig
-from moa_ray.moe.errors import ConfigError
+from moa_ray.moe.errors import CheckpointError, ConfigError
 from moa_ray.moe.model import LanguageModel, State
 from moa_ray.moe.text import Vocabulary
 
@@ -21,7 +23,11 @@ def load_model(path: Path) -> tuple[LanguageModel, Vocabulary]:
         CheckpointError: There is none, it is damaged, or its tensors do not fit its configuration.
     """
     saved = load_checkpoint(path)
-    model = ModelConfig.model_validate(saved.model_config).build(len(saved.vocabulary))
+    try:
+        config = ModelConfig.model_validate(saved.model_config)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: the checkpoint's model cannot be built: {error}") from error
+    model = config.build(len(saved.vocabulary))
     load_weights(model, saved.model)
     return model.eval(), saved.vocabulary
 
@@ -31,7 +37,7 @@ def generate(path: Path, prompt: str, *, tokens: int = 200, temperature: float =
 
     Args:
         path: A checkpoint, or a run's directory.
-        prompt: Text to continue; empty: the model begins after a newline.
+        prompt: Text to continue; without any token: the model begins after a newline.
         tokens: Words or bytes to add.
         temperature: 0 always takes the likeliest; 1 samples the model's own distribution.
         seed: The same seed gives the same text.
@@ -41,14 +47,15 @@ def generate(path: Path, prompt: str, *, tokens: int = 200, temperature: float =
 
     Raises:
         CheckpointError: As `load_model`.
-        ConfigError: A negative temperature or number of tokens.
+        ConfigError: A temperature that is negative or not finite, or a negative number of tokens.
     """
-    if temperature < 0 or tokens < 0:
-        raise ConfigError(f"temperature and tokens must not be negative, not {temperature} and {tokens}")
+    if tokens < 0 or not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature and tokens must be finite and not negative, not {temperature} and {tokens}")
     model, vocabulary = load_model(path)
     draw = torch.Generator().manual_seed(seed)
-    numbers = vocabulary.encode((prompt or "\n").encode())
-    made = _continue(model, numbers, tokens, temperature, draw)
+    # Bytes of the command line that are no UTF-8 come as surrogates, and go back to what they were.
+    numbers = vocabulary.encode(prompt.encode(errors="surrogateescape"))
+    made = _continue(model, numbers if len(numbers) else vocabulary.encode(b"\n"), tokens, temperature, draw)
     return vocabulary.separator + vocabulary.decode(made)
 
 
@@ -68,4 +75,6 @@ def _continue(
 def _pick(logits_V: Tensor, temperature: float, draw: torch.Generator) -> Tensor:
     if temperature == 0:
         return logits_V.argmax(keepdim=True)
-    return torch.multinomial((logits_V / temperature).softmax(0), 1, generator=draw)
+    # The likeliest at 0 and in float64: no temperature, however small, overflows.
+    weights_V = (logits_V - logits_V.max()).double() / temperature
+    return torch.multinomial(weights_V.softmax(0), 1, generator=draw)

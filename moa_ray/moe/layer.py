@@ -50,7 +50,7 @@ class MoE(nn.Module):
         debug: Whether to look for NaN and infinity in inputs, weights and results; slow.
 
     Raises:
-        GateError: Gate, experts and `d_model` do not fit each other, or a capacity of 0 or less.
+        GateError: Gate, experts and `d_model` do not fit each other, or a capacity that is no limit above 0.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class MoE(nn.Module):
             raise GateError(f"the gate chooses from {gate.num_experts} experts, there are {experts.num_experts}")
         if experts.d_model != d_model:
             raise GateError(f"the experts have d_model={experts.d_model}, the layer {d_model}")
-        if capacity_factor is not None and capacity_factor <= 0:
-            raise GateError(f"capacity_factor={capacity_factor} leaves no room for any token", hint="1.0 to 2.0")
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            raise GateError(f"capacity_factor={capacity_factor} is no limit above 0", hint="1.0 to 2.0, or None")
         gate.materialize(d_model)
         self.d_model = d_model
         self.gate = gate
@@ -101,7 +101,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if self.debug:
-            _check_finite({"expert results": y_RD, "result": y_TD})
+            _check_finite({"gate weights": routing.weights_TK, "expert results": y_RD, "result": y_TD})
         loss = sum(routing.losses.values(), start=routing.weights_TK.new_zeros(()))
         stats = GateStats.of(chosen, plan.counts_E)
         return y_TD.view(x.shape), MoEAux(loss, routing.losses, stats, routing)

@@ -24,11 +24,12 @@ _COLUMNS: tuple[str, ...] = (
     "dropped",
 )
 _SHOWN = {
-    "loss": "loss",
-    "valid_perplexity": "valid ppl",
-    "tokens_s": "tok/s",
-    "max_over_mean_load": "max/mean load",
+    "loss": "loss {:.3f}",
+    "valid_perplexity": "valid ppl {:.4g}",
+    "tokens_s": "{:,.0f} tok/s",
+    "max_over_mean_load": "load x{:.2f}",
 }
+"""Figures beside the bar; the load is max / mean. All of it fits a terminal of 80 columns."""
 
 
 class Report:
@@ -49,7 +50,7 @@ class Report:
             writer = csv.DictWriter(file, _COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        columns = (BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self._progress = Progress(*columns, disable=not show)
         self._task = self._progress.add_task("", total=steps, completed=first_step)
 
@@ -71,7 +72,7 @@ class Report:
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, _COLUMNS).writerow(values)
         self._shown |= values
-        text = "  ".join(f"{label} {self._shown[key]:.4g}" for key, label in _SHOWN.items() if key in self._shown)
+        text = "  ".join(form.format(self._shown[key]) for key, form in _SHOWN.items() if key in self._shown)
         self._progress.update(self._task, description=text)
 
 
@@ -111,5 +112,6 @@ def plot_losses(log: Path, picture: Path) -> None:
         right = axes.twinx()
         right.set_ylabel("max / mean load")
         right.plot([r["step"] for r in loads], [r["max_over_mean_load"] for r in loads], color="0.7")
-    axes.legend()
+        axes.plot([], [], color="0.7", label="max / mean load (right)")
+    axes.legend(loc="upper right")
     figure.savefig(picture)

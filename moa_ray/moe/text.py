@@ -106,20 +106,25 @@ class Windows:
         numbers: The whole text.
         streams: B.
         steps: S, steps of a window.
+        name: What an error calls the text.
+
+    Attributes:
+        layout: Size and shape of the text in words; texts of the same layout have the same places.
 
     Raises:
         ConfigError: The text is too short for one window.
     """
 
-    def __init__(self, numbers: Tensor, streams: int, steps: int) -> None:
+    def __init__(self, numbers: Tensor, streams: int, steps: int, *, name: str = "text") -> None:
         length = (len(numbers) - 1) // streams
         self.count = length // steps
-        if not self.count:
+        if self.count < 1:
             raise ConfigError(
-                f"a text of {len(numbers)} tokens is too short for {streams} streams of {steps} steps",
+                f"the {name} of {len(numbers)} tokens is too short for {streams} streams of {steps} steps",
                 hint="fewer streams, a shorter window, or byte level",
             )
         self.steps = steps
+        self.layout = f"{len(numbers)} tokens in {streams} streams of {steps} steps"
         used = length * streams
         self._inputs_LB = numbers[:used].view(streams, length).t().contiguous()
         self._targets_LB = numbers[1 : used + 1].view(streams, length).t().contiguous()

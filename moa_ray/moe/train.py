@@ -25,6 +25,7 @@ from moa_ray.moe.checkpoint import (
 )
 from moa_ray.moe.config import DataConfig, TrainConfig, load_config
 from moa_ray.moe.errors import CheckpointError, ConfigError, TrainingError
+from moa_ray.moe.interrupt import held_interrupts
 from moa_ray.moe.model import LanguageModel, State, detach_state
 from moa_ray.moe.report import Report, plot_losses
 from moa_ray.moe.sampled_softmax import sampled_softmax_loss
@@ -71,6 +72,7 @@ def train(config_path: Path, *, resume: bool = False, output: Path | None = None
         ConfigError: The file or the corpus is wrong, or the output holds another run.
         CheckpointError: There is nothing to resume, or it is of another model.
         TrainingError: The loss is no longer a number.
+        KeyboardInterrupt: Ctrl-C came; the step that was running has ended and is in a checkpoint.
     """
     config = load_config(config_path)
     if output is not None:
@@ -97,8 +99,11 @@ def load_corpus(config: DataConfig) -> Corpus:
     else:
         held_out = read_text(config.valid)
     vocabulary = Vocabulary.of(text, config.level, config.vocab_size)
-    train_windows = Windows(vocabulary.encode(text), config.streams, config.window)
-    return Corpus(vocabulary, train_windows, Windows(vocabulary.encode(held_out), config.streams, config.window))
+    train_windows, valid_windows = (
+        Windows(vocabulary.encode(part), config.streams, config.window, name=name)
+        for part, name in ((text, "training text"), (held_out, "validation text"))
+    )
+    return Corpus(vocabulary, train_windows, valid_windows)
 
 
 class Trainer:
@@ -112,7 +117,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
         self.config = config
         self.corpus = corpus
-        self.device = torch.device(config.device)
+        self.device = _usable_device(config.device)
         torch.manual_seed(config.seed)
         self.model = config.model.build(len(corpus.vocabulary)).to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
@@ -122,9 +127,12 @@ class Trainer:
     def run(self, *, show: bool) -> TrainResult:
         """Trains until `config.steps`, logging, evaluating and saving on the way."""
         config = self.config
-        config.output.mkdir(parents=True, exist_ok=True)
+        try:
+            config.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output {config.output}: {error.strerror}") from error
         log = config.output / "log.csv"
-        with Report(log, self.step, config.steps, show=show) as report:
+        with Report(log, self.step, config.steps, show=show) as report, held_interrupts() as interrupted:
             meter, outcome = _Meter(), None
             while self.step < config.steps:
                 meter.add(*self._train_step())
@@ -138,6 +146,9 @@ class Trainer:
                         row["valid_perplexity"] = outcome[0]
                     report.row(row)
                     meter = _Meter()
+                if interrupted.is_set():
+                    self.save()
+                    raise KeyboardInterrupt
                 if not done and self.step % config.checkpoint_every == 0:
                     self.save()
         # The last step is always evaluated; a run resumed at its very end has no step left.
@@ -191,6 +202,7 @@ class Trainer:
             self.step,
             self.config.model.model_dump(mode="json"),
             self.corpus.vocabulary,
+            self.corpus.train.layout,
             self.model.state_dict(),
             run_tensors,
         )
@@ -200,18 +212,15 @@ class Trainer:
         """Goes back to the newest checkpoint in the output directory.
 
         Raises:
-            CheckpointError: There is none, or its model or vocabulary is another.
+            CheckpointError: There is none, or its model, vocabulary or text is another.
         """
         saved = load_checkpoint(self.config.output)
         if saved.vocabulary != self.corpus.vocabulary:
             raise CheckpointError(f"{self.config.output}: the checkpoint's vocabulary is not that of the corpus")
+        here = self.corpus.train.layout
+        if saved.reads != here:  # a step would be another place in the text
+            raise CheckpointError(f"{self.config.output}: the checkpoint reads {saved.reads}, the configuration {here}")
         load_weights(self.model, saved.model)
-        streams = {t.shape[1] for name, t in saved.run.items() if name.startswith("state/")}
-        if streams != {self.config.data.streams}:
-            raise CheckpointError(
-                f"{self.config.output}: the checkpoint reads {max(streams)} streams of text, "
-                f"the configuration has data.streams={self.config.data.streams}"
-            )
         load_optimizer(self.model, self.optimizer, saved.run)
         self.state = [
             (saved.run[f"state/{i}/h"].to(self.device), saved.run[f"state/{i}/c"].to(self.device))
@@ -259,9 +268,22 @@ class _Meter:
     def row(self) -> dict[str, float]:
         loss = torch.stack(self._losses).mean().item()
         if not math.isfinite(loss):
-            raise TrainingError("the loss is no longer a number", hint="a lower optim.lr or a longer warm-up")
+            raise TrainingError(
+                "the loss is no longer a number",
+                hint="a lower optim.lr or a longer warm-up; model.middle.debug: true names the first such tensor",
+            )
         figures = {"loss": loss, "tokens_s": self._tokens / (time.perf_counter() - self._began)}
         return figures | (self._stats.summary() if self._stats else {})
+
+
+def _usable_device(name: str) -> torch.device:
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.tolist()  # fails on devices that hold no values
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {name!r} cannot be used here: {reason}", hint="cpu, cuda or cuda:N") from error
+    return probe.device
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -5,8 +5,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.moe.configs import write_config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models as small as these get slower with threads, and a hundred times so where other work runs beside them."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -12,17 +12,15 @@ from moa_ray.moe.text import Vocabulary
 
 def checkpoint(step: int) -> Checkpoint:
     tensors = {"w": torch.full((2, 3), float(step))}
-    return Checkpoint(step, {"d_model": 3}, Vocabulary("word", ("a", "<unk>")), tensors, {"r": torch.arange(4)})
+    words = Vocabulary("word", ("a", "<unk>"))
+    return Checkpoint(step, {"d_model": 3}, words, "9 tokens", tensors, {"r": torch.arange(4)})
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, checkpoint(7), keep=1)
     loaded = load_checkpoint(path)
-    assert (loaded.step, loaded.model_config, loaded.vocabulary) == (
-        7,
-        {"d_model": 3},
-        checkpoint(7).vocabulary,
-    )
+    assert (loaded.step, loaded.model_config, loaded.reads) == (7, {"d_model": 3}, "9 tokens")
+    assert loaded.vocabulary == checkpoint(7).vocabulary
     assert torch.equal(loaded.model["w"], checkpoint(7).model["w"])
     assert torch.equal(loaded.run["r"], torch.arange(4))
 
@@ -46,10 +44,12 @@ def test_a_save_that_broke_off_is_not_seen(tmp_path: Path) -> None:
 def test_no_checkpoint_and_a_damaged_one_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{tmp_path}: no checkpoint here"):
         load_checkpoint(tmp_path)
-    path = save_checkpoint(tmp_path, checkpoint(1), keep=1)
-    (path / "model.safetensors").write_bytes(b"not tensors at all")
-    with pytest.raises(CheckpointError, match=r"step-00000001: damaged checkpoint"):
-        load_checkpoint(tmp_path)
+    for name in ("model.safetensors", "run.safetensors", "run.json"):
+        for damage in (b"not what it was", b"[]", b""):
+            path = save_checkpoint(tmp_path, checkpoint(1), keep=1)
+            (path / name).write_bytes(damage)
+            with pytest.raises(CheckpointError, match=r"step-00000001: damaged checkpoint"):
+                load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

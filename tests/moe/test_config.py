@@ -35,6 +35,9 @@ MIDDLE = {"kind": "moe", "gate": {"kind": "noisy_top_k", "experts": 4}, "d_hidde
             r"gate\.loss_free: .*k=9 experts of a token cannot be chosen from 4",
         ),
         ({"stepz": 3, "steps": 0}, r"steps: .*; .*stepz: "),
+        ({"sampled_softmax": 8}, r"file: sampled_softmax needs data\.level: word"),
+        ({"seed": 2**70}, "seed: "),
+        ({"model": {"d_model": 8, "middle": MIDDLE | {"capacity_factor": float("inf")}}}, "capacity_factor: .*finite"),
     ],
 )
 def test_a_wrong_key_is_named_with_its_file(config_file: Write, changes: dict[str, Any], complaint: str) -> None:
@@ -49,6 +52,9 @@ def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("steps: [1")
     with pytest.raises(ConfigError, match=r"bad\.yaml: not YAML"):
         load_config(tmp_path / "bad.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match=r"list\.yaml: file: "):
         load_config(tmp_path / "list.yaml")

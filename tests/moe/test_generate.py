@@ -18,10 +18,29 @@ def test_a_trained_model_continues_its_text(config_file: Callable[..., Path], tm
     assert first == again != other
     assert generate(run, "", tokens=5)
     assert generate(run, "the", tokens=0) == ""
-    with pytest.raises(ConfigError, match="must not be negative"):
-        generate(run, "the", temperature=-1)
+    assert generate(run, "the cat sat on th", tokens=2, temperature=1e-300) == "e "
+    assert generate(run, b"\xff\xfe".decode(errors="surrogateescape"), tokens=5)
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="finite and not negative"):
+            generate(run, "the", temperature=temperature)
     model, vocabulary = load_model(run)
     assert not model.training and len(vocabulary) == 256
+
+
+def test_at_word_level_a_prompt_without_words_begins_after_a_newline(
+    config_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = {"train": str(tmp_path / "corpus.txt"), "level": "word", "streams": 2, "window": 4, "valid_fraction": 0.1}
+    train(config_file(data=data, steps=2), show=False)
+    texts = {generate(tmp_path / "run", prompt, tokens=5) for prompt in ("", "  ", "\n")}
+    assert len(texts) == 1 and texts.pop().startswith(" ")
+
+
+def test_a_checkpoint_whose_model_cannot_be_built_is_named(config_file: Callable[..., Path], tmp_path: Path) -> None:
+    facts = train(config_file(steps=1), show=False).checkpoint / "run.json"
+    facts.write_text(facts.read_text().replace('"noisy_top_k"', '"nosy_top_k"'))
+    with pytest.raises(CheckpointError, match=r"run: the checkpoint's model cannot be built"):
+        generate(tmp_path / "run", "the")
 
 
 def test_a_directory_without_checkpoint_is_named(tmp_path: Path) -> None:

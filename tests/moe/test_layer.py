@@ -87,20 +87,27 @@ def test_one_expert_is_a_plain_feed_forward_network() -> None:
     torch.testing.assert_close(layer(x_TD)[0], dense(x_TD))
 
 
-@given(seed=st.integers(0, 999))
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: type(gate).__name__)
 @settings(deadline=None, max_examples=20)
-def test_permuting_tokens_permutes_results_and_permuting_experts_changes_nothing(seed: int) -> None:
+@given(seed=st.integers(0, 999))
+def test_permuting_tokens_permutes_results_and_permuting_experts_changes_nothing(gate: Gate, seed: int) -> None:
     torch.manual_seed(seed)
-    layer = layer_of(NoisyTopK(6, 2)).eval()
+    layer = layer_of(gate).eval()
     x_TD = torch.randn(10, 8)
-    y_TD, _ = layer(x_TD)
+    y_TD, aux = layer(x_TD)
     order_T, order_E = torch.randperm(10), torch.randperm(6)
     torch.testing.assert_close(layer(x_TD[order_T])[0], y_TD[order_T])
-    assert isinstance(layer.gate, NoisyTopK) and isinstance(layer.experts, LocalExperts)
-    layer.gate.w_gate_DE.data = layer.gate.w_gate_DE.data[:, order_E]
-    layer.experts.w_in_EDH.data = layer.experts.w_in_EDH.data[order_E]
-    layer.experts.w_out_EHD.data = layer.experts.w_out_EHD.data[order_E]
-    torch.testing.assert_close(layer(x_TD)[0], y_TD)
+    if isinstance(gate, Hierarchical):  # its experts are tied to groups, so the groups move as a whole
+        order_G = torch.randperm(3)
+        order_E = (2 * order_G[:, None] + torch.arange(2)).flatten()
+        gate.primary.w_gate_DE.data = gate.primary.w_gate_DE.data[:, order_G]
+        gate.secondary = torch.nn.ModuleList(gate.secondary[int(g)] for g in order_G)
+    else:
+        gate.load_state_dict({name: of_expert[..., order_E] for name, of_expert in gate.state_dict().items()})
+    layer.experts.load_state_dict({name: w[order_E] for name, w in layer.experts.state_dict().items()})
+    permuted_TD, permuted_aux = layer(x_TD)
+    torch.testing.assert_close(permuted_TD, y_TD)
+    torch.testing.assert_close(permuted_aux.stats.load_E, aux.stats.load_E[order_E])
 
 
 def test_a_token_that_stands_twice_in_a_batch_gets_the_same_result_twice() -> None:
@@ -110,9 +117,20 @@ def test_a_token_that_stands_twice_in_a_batch_gets_the_same_result_twice() -> No
     torch.testing.assert_close(y_TD[:4], y_TD[4:])
 
 
-def test_gradients_of_result_and_losses_equal_finite_differences() -> None:
+SMALL_GATES = [
+    NoisyTopK(4, 2, w_importance=0.5, w_load=0.5),
+    Hierarchical(2, 2, k_groups=1, k_experts=1, w_importance=0.5, w_load=0.5),
+    StrictlyBalanced(4, 2, w_threshold=0.5),
+    ExpertChoice(4, 2),
+    SoftmaxTopK(4, 2),
+    LossFreeBias(4, 2),
+]
+
+
+@pytest.mark.parametrize("gate", SMALL_GATES, ids=lambda gate: type(gate).__name__)
+def test_gradients_of_result_and_losses_equal_finite_differences(gate: Gate) -> None:
     torch.manual_seed(0)
-    layer = layer_of(NoisyTopK(4, 2, w_importance=0.5, w_load=0.5), d_model=4, d_hidden=4, dtype=torch.float64)
+    layer = layer_of(gate, d_model=4, d_hidden=4, dtype=torch.float64)
     names = [name for name, _ in layer.named_parameters()]
 
     def run(x_TD: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,8 +262,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         MoE(8, NoisyTopK(4, 2), LocalExperts(4, 9, 8))
     with pytest.raises(GateError, match="gate has d_model=9"):
         MoE(8, NoisyTopK(4, 2, d_model=9), LocalExperts(4, 8, 8))
-    with pytest.raises(GateError, match="no room"):
-        MoE(8, NoisyTopK(4, 2), LocalExperts(4, 8, 8), capacity_factor=0)
+    for factor in (0.0, -1.0, torch.inf, torch.nan):
+        with pytest.raises(GateError, match="no limit above 0"):
+            MoE(8, NoisyTopK(4, 2), LocalExperts(4, 8, 8), capacity_factor=factor)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -261,3 +280,15 @@ def test_debug_mode_names_the_tensor_that_is_not_finite(bad: float) -> None:
     layer.gate.w_noise_DE.data[1, 4] = bad
     with pytest.raises(GateError, match=r"gate\.w_noise_DE has 1 values .* first at \(1, 4\)"):
         layer(torch.randn(5, 8))
+
+
+def test_debug_mode_names_what_finite_numbers_overflow_to() -> None:
+    layer = layer_of(NoisyTopK(6, 2)).eval()
+    layer.debug = True
+    assert isinstance(layer.gate, NoisyTopK) and isinstance(layer.experts, LocalExperts)
+    layer.experts.w_out_EHD.data.fill_(3e38)
+    with pytest.raises(GateError, match=r"^expert results has .* first at"):
+        layer(torch.randn(5, 8))
+    layer.gate.w_gate_DE.data.fill_(3e38)
+    with pytest.raises(GateError, match=r"^gate weights has .* first at"):
+        layer(torch.ones(5, 8))

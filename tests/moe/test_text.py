@@ -50,8 +50,10 @@ def test_targets_are_the_next_tokens_and_windows_follow_each_other(length: int, 
 
 
 def test_a_text_too_short_for_one_window_is_refused() -> None:
-    with pytest.raises(ConfigError, match="10 tokens is too short for 4 streams of 3 steps"):
-        Windows(torch.arange(10), 4, 3)
+    with pytest.raises(ConfigError, match="the novel of 10 tokens is too short for 4 streams of 3 steps"):
+        Windows(torch.arange(10), 4, 3, name="novel")
+    with pytest.raises(ConfigError, match="of 0 tokens"):
+        Windows(torch.arange(0), 4, 3)
 
 
 def test_gzip_is_unpacked(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from moa_ray.moe import CheckpointError, ConfigError, TrainingError
+from moa_ray.moe import CheckpointError, ConfigError, GateError, TrainingError
 from moa_ray.moe.checkpoint import Checkpoint, load_checkpoint
 from moa_ray.moe.config import load_config
+from moa_ray.moe.interrupt import held_interrupts
 from moa_ray.moe.model import State
 from moa_ray.moe.report import read_log
 from moa_ray.moe.train import Trainer, load_corpus, train
@@ -32,11 +35,19 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
     return all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in pairs)
 
 
-@pytest.mark.parametrize("gate", GATES, ids=lambda g: g["kind"])
+def everything(corpus: Path) -> dict[str, Any]:
+    """Words, sampled softmax, autocast, and a layer with capacity, shared experts and recomputation."""
+    model = model_of(GATES[0])
+    model["middle"] |= {"capacity_factor": 1.0, "recompute": True, "shared_hidden": 4, "activation": "swiglu"}
+    data = {"train": str(corpus), "level": "word", "streams": 4, "window": 8, "valid_fraction": 0.1}
+    return {"model": model, "data": data, "sampled_softmax": 8, "autocast": "bfloat16"}
+
+
+@pytest.mark.parametrize("gate", [*GATES, None], ids=lambda g: g["kind"] if g else "everything")
 def test_a_resumed_run_ends_in_the_same_bits_as_one_without_a_break(
-    config_file: Write, tmp_path: Path, gate: dict[str, Any]
+    config_file: Write, tmp_path: Path, gate: dict[str, Any] | None
 ) -> None:
-    changes = {"model": model_of(gate)}
+    changes = {"model": model_of(gate)} if gate else everything(tmp_path / "corpus.txt")
     train(config_file(**changes, steps=12), output=tmp_path / "whole", show=False)
     train(config_file(**changes, steps=5), output=tmp_path / "parts", show=False)
     torch.manual_seed(999)  # whatever else drew random numbers in between
@@ -65,6 +76,39 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(config_file: Writ
     # Rows of steps that were done twice stand in the log once.
     lines = (tmp_path / "killed" / "log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["step", "4", "6", "8", "12"]
+
+
+def test_ctrl_c_ends_the_running_step_and_leaves_a_checkpoint_of_it(config_file: Write, tmp_path: Path) -> None:
+    train(config_file(), output=tmp_path / "whole", show=False)
+    config = load_config(config_file()).model_copy(update={"output": tmp_path / "broken"})
+
+    class Interrupted(Trainer):
+        def _train_step(self) -> Any:
+            if self.step == 6:
+                signal.raise_signal(signal.SIGINT)
+            return super()._train_step()
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(config, load_corpus(config.data)).run(show=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert load_checkpoint(tmp_path / "broken").step == 7
+    train(config_file(), output=tmp_path / "broken", resume=True, show=False)
+    assert same(load_checkpoint(tmp_path / "broken"), load_checkpoint(tmp_path / "whole"))
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), held_interrupts() as came:
+        signal.raise_signal(signal.SIGINT)
+        assert came.is_set()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_training_runs_in_other_threads_than_the_main_one(config_file: Write, tmp_path: Path) -> None:
+    thread = threading.Thread(target=lambda: train(config_file(steps=2), show=False))
+    thread.start()
+    thread.join(60)
+    assert load_checkpoint(tmp_path / "run").step == 2
 
 
 def test_training_learns_and_leaves_log_plot_and_checkpoint(config_file: Write, tmp_path: Path) -> None:
@@ -174,11 +218,46 @@ def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_old_one(config_file: 
         train(config_file(), show=False)
 
 
-def test_resuming_with_another_number_of_streams_is_refused(config_file: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"streams": 3}, "in 4 streams of 8 steps, .* in 3 streams of 8 steps"),
+        ({"window": 7}, "in 4 streams of 8 steps, .* in 4 streams of 7 steps"),
+        ({"valid_fraction": 0.2}, r"reads (\d+) tokens .* configuration (?!\1)\d+ tokens"),
+    ],
+)
+def test_resuming_in_a_text_of_another_layout_is_refused(
+    config_file: Write, tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
     train(config_file(), show=False)
-    data = {"train": str(tmp_path / "corpus.txt"), "level": "byte", "streams": 3, "window": 8}
-    with pytest.raises(CheckpointError, match=r"4 streams .* data\.streams=3"):
-        train(config_file(data=data, steps=20), resume=True, show=False)
+    data = {"train": str(tmp_path / "corpus.txt"), "level": "byte", "streams": 4, "window": 8, "valid_fraction": 0.1}
+    with pytest.raises(CheckpointError, match=complaint):
+        train(config_file(data=data | change, steps=20), resume=True, show=False)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "bogus"])
+def test_a_device_that_is_not_there_is_named(config_file: Write, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{device}' cannot be used here: "):
+        train(config_file(device=device), show=False)
+
+
+def test_an_output_that_cannot_be_made_is_named(config_file: Write, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"output .*/file: File exists"):
+        train(config_file(output=str(tmp_path / "file")), show=False)
+
+
+def test_a_part_of_the_corpus_that_is_too_short_is_named(config_file: Write, tmp_path: Path) -> None:
+    data = {"train": str(tmp_path / "corpus.txt"), "level": "byte", "streams": 4, "window": 8, "valid_fraction": 1e-9}
+    with pytest.raises(ConfigError, match="the validation text of 0 tokens is too short"):
+        train(config_file(data=data), show=False)
+
+
+def test_in_debug_mode_the_first_tensor_that_is_no_number_is_named(config_file: Write) -> None:
+    model = model_of(GATES[0])
+    model["middle"]["debug"] = True
+    with pytest.raises(GateError, match="values that are NaN or infinite"):
+        train(config_file(model=model, optim={"lr": 1e30, "warmup_steps": 1, "clip_norm": 1e30}), show=False)
 
 
 def test_a_missing_corpus_is_named(config_file: Write) -> None:
