@@ -104,6 +104,7 @@ def test_permuting_tokens_permutes_results_and_permuting_experts_changes_nothing
         gate.secondary = torch.nn.ModuleList(gate.secondary[int(g)] for g in order_G)
     else:
         gate.load_state_dict({name: of_expert[..., order_E] for name, of_expert in gate.state_dict().items()})
+    assert isinstance(layer.experts, LocalExperts)
     layer.experts.load_state_dict({name: w[order_E] for name, w in layer.experts.state_dict().items()})
     permuted_TD, permuted_aux = layer(x_TD)
     torch.testing.assert_close(permuted_TD, y_TD)
