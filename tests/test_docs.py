@@ -90,8 +90,8 @@ async def test_the_engine_of_the_docs_works() -> None:
     assert "".join(chunk.text for chunk in chunks) == "WHY NOT !!"
 
 
-@pytest.mark.parametrize("kind", ["llamacpp", "openai", "scripted"])
+@pytest.mark.parametrize("kind", ["llamacpp", "openai", "scripted", "vllm"])
 def test_every_key_of_an_engine_is_in_the_docs(kind: str) -> None:
     section = ENGINES.read_text().split(f"## `{kind}`")[1].split("\n## ")[0]
-    options = registry.kind_of(loads(snippets(ENGINES, "yaml")[0]).engines["script"].model_copy(update={"kind": kind}))
+    options = registry.kind_of(loads(snippets(README, "yaml")[0]).engines["smol"].model_copy(update={"kind": kind}))
     assert {key for key in options.Options.model_fields if f"`{key}`" not in section} == set()

@@ -15,6 +15,7 @@ from rich.status import Status
 from moa_ray.cli import models
 from moa_ray.cli.view import DRAFTS_EVERY_S, View
 from moa_ray.cluster import MoA
+from moa_ray.engines.catalogue import CATALOGUE
 from moa_ray.errors import MoARayError, ModelNotFound
 from moa_ray.graph import Graph, Message, conversation
 from moa_ray.runtime import RunFinished, RunOptions, to_json
@@ -72,7 +73,7 @@ def _show(moa: MoA, messages: Iterable[Message]) -> str:
 def fetch_models(graph: Graph) -> None:
     """Have the models of `graph` on this machine, downloading what is missing."""
     for name, spec in graph.engines.items():
-        if spec.kind == "llamacpp":
+        if spec.kind == "llamacpp" or (spec.kind == "vllm" and spec.model in CATALOGUE):
             try:
                 models.fetch(spec.model)
             except ModelNotFound as error:

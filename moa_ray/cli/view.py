@@ -63,8 +63,7 @@ class View:
         self._ledger.add(event)
         match event:
             case AgentStarted():
-                if not (event.continued or event.hedge):
-                    self._drafts[event.call] = ""
+                self._drafts[event.call] = ""
                 self._notes[event.call] = "; ".join(event.trimmed)
             case AgentDelta():
                 self._drafts[event.call] += event.text

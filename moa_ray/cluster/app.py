@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -33,6 +33,8 @@ GATEWAY = "gateway"
 _UNBOUNDED = 100_000
 """Requests that a router or gateway holds; they wait on engines, so this is memory, not work. The gateway admits."""
 _SHUTDOWN_POLL_S = 0.5
+_MODEL_OF_GPU = "accelerator_type:"
+"""Prefix of the resource that a node with such accelerators has one of, to ask for with a sliver of it."""
 
 
 def router_of(graph: str) -> str:
@@ -146,7 +148,7 @@ def _engine(graph: Graph, name: str, spec: EngineSpec) -> Application:
         EngineReplica,
         deployment_of(graph.spec.name, name),
         version=_hash(_content(spec)),
-        ray_actor_options=actor_options(registry.resources_of(spec)),
+        **placement(spec),
         max_ongoing_requests=spec.max_ongoing_requests,
         **scaling,
         **_patience([graph]),
@@ -183,6 +185,33 @@ def _revealed(value: Any) -> Any:
             return value.model_dump()
         case _:
             return repr(value)
+
+
+def placement(spec: EngineSpec) -> dict[str, Any]:
+    """What a replica of `spec` takes, as options of a deployment.
+
+    An engine whose replica is several workers gets a placement group, a bundle a worker; the replica itself sits in
+    the first and takes nothing.
+    """
+    options = actor_options(registry.resources_of(spec))
+    workers = registry.workers_of(spec)
+    if not workers:
+        return {"ray_actor_options": options}
+    bundle = {key: amount / workers for key, amount in demand_of(options).items() if not key.startswith(_MODEL_OF_GPU)}
+    bundle |= {key: amount for key, amount in demand_of(options).items() if key.startswith(_MODEL_OF_GPU)}
+    return {
+        "ray_actor_options": {"num_cpus": 0, "num_gpus": 0},
+        "placement_group_bundles": [bundle] * workers,
+        "placement_group_strategy": "PACK",
+    }
+
+
+def demand_of(options: Mapping[str, Any]) -> dict[str, float]:
+    """An actor's options as amounts of Ray's resources; none that is zero."""
+    demand = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], **options.get("resources", {})}
+    if "accelerator_type" in options:
+        demand[f"{_MODEL_OF_GPU}{options['accelerator_type']}"] = 0.001
+    return {key: amount for key, amount in demand.items() if amount}
 
 
 def actor_options(resources: Resources) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from ray import serve
 from ray._private.state import available_resources_per_node
 from ray.serve.schema import ApplicationStatus
 
-from moa_ray.cluster.app import actor_options, build, deployment_of
+from moa_ray.cluster.app import build, demand_of, deployment_of, placement
 from moa_ray.cluster.gateway import Http
 from moa_ray.cluster.session import details_of
-from moa_ray.engines import registry
 from moa_ray.errors import ClusterError, ResourcesShort
 from moa_ray.graph import EngineSpec, Graph
 
@@ -119,40 +118,55 @@ def _wait(graphs: Sequence[Graph], app: str, progress: Progress | None) -> None:
 
 
 def _check_feasible(graphs: Sequence[Graph]) -> None:
-    """An engine that no node could ever hold need not be waited for."""
+    """An engine that no set of nodes could ever hold need not be waited for."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for graph, name, spec, _ in _engines(graphs):
-        if not _fits(_demand(spec), nodes):
+        if not _fits(_bundles(spec), nodes):
             raise _short(graph, name, spec)
 
 
 def _unplaced(graphs: Sequence[Graph], app: str) -> tuple[Graph, str, EngineSpec] | None:
     """An engine with a replica that is on no node and that no node has room for now.
 
-    A replica has no node until its process runs, which takes long on a busy machine, room or not.
+    A replica has no node until its process runs, which takes long on a busy machine, room or not. Of one with a
+    placement group more is known: whether that has its place.
     """
     deployments = details_of(app).get("deployments") or {}
     free = list(available_resources_per_node().values())
+    placed = {group["name"] for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"}
     for graph, name, spec, deployment in _engines(graphs):
         replicas = deployments.get(deployment, {}).get("replicas", [])
-        nowhere = any(r["state"] == "STARTING" and not r.get("node_id") for r in replicas)
-        if nowhere and not _fits(_demand(spec), free):
+        nowhere = [
+            r["actor_name"]
+            for r in replicas
+            if r["state"] == "STARTING" and not r.get("node_id") and r["actor_name"] not in placed
+        ]
+        if nowhere and not _fits(_bundles(spec), free):
             return graph, name, spec
     return None
 
 
-def _fits(demand: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> bool:
-    """Whether one of the nodes, each given by its resources, holds all of `demand`."""
-    return any(all(node.get(key, 0) >= amount for key, amount in demand.items()) for node in nodes)
+def _fits(bundles: Iterable[Mapping[str, float]], nodes: Iterable[Mapping[str, float]]) -> bool:
+    """Whether the nodes, each given by its resources, hold all bundles, each bundle on one node."""
+    left = [dict(node) for node in nodes]
+    for bundle in bundles:
+        home = next((node for node in left if all(node.get(key, 0) >= bundle[key] for key in bundle)), None)
+        if home is None:
+            return False
+        for key, amount in bundle.items():
+            home[key] -= amount
+    return True
 
 
 def _short(graph: Graph, engine: str, spec: EngineSpec) -> ResourcesShort:
     """Which resource is short for a replica of `engine`, in words."""
     total, free = ray.cluster_resources(), ray.available_resources()
-    demand = _demand(spec)
+    bundles = _bundles(spec)
+    demand = {key: sum(bundle[key] for bundle in bundles) for key in bundles[0]}
     # The scarcest one: least free for what is wanted.
     key = min(demand, key=lambda name: free.get(name, 0) - demand[name])
-    fits = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(key, 0) >= demand[key]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = _fits([{key: bundle[key]} for bundle in bundles], nodes)
     where = "" if fits or total.get(key, 0) < demand[key] else ", no single node has that many"
     return ResourcesShort(
         f"engine {engine!r} needs {demand[key]:g} {key} for each replica; "
@@ -161,12 +175,11 @@ def _short(graph: Graph, engine: str, spec: EngineSpec) -> ResourcesShort:
     )
 
 
-def _demand(spec: EngineSpec) -> dict[str, float]:
-    options = actor_options(registry.resources_of(spec))
-    demand = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], **options.get("resources", {})}
-    if "accelerator_type" in options:
-        demand[f"accelerator_type:{options['accelerator_type']}"] = 0.001
-    return {key: amount for key, amount in demand.items() if amount}
+def _bundles(spec: EngineSpec) -> list[dict[str, float]]:
+    """What a replica takes, each bundle from one node; at least one."""
+    placed = placement(spec)
+    bundles: list[dict[str, float]] = placed.get("placement_group_bundles") or [demand_of(placed["ray_actor_options"])]
+    return bundles
 
 
 def _failure(graphs: Sequence[Graph], status: Any) -> ClusterError:

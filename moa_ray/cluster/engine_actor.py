@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from moa_ray.cluster.calls import Method, cause_of, in_one_line, reading
 from moa_ray.engines import registry
 from moa_ray.engines._coalesce import coalesce
-from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, Usage
+from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, HasHealth, Usage
 from moa_ray.errors import EngineError, EngineOverloaded, EngineUnavailable, MoARayError
 from moa_ray.graph import EngineSpec, Message
 
@@ -47,6 +47,11 @@ class EngineReplica:
     async def count_tokens(self, messages: tuple[Message, ...]) -> int:
         """Prompt tokens that `messages` take."""
         return await self._engine.count_tokens(messages)
+
+    async def check_health(self) -> None:
+        """Serve replaces this replica where the engine, having a say in it, raises."""
+        if isinstance(self._engine, HasHealth):
+            await self._engine.check_health()
 
     async def __del__(self) -> None:  # Serve awaits it when the replica is drained
         await self._engine.close()

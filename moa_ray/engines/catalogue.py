@@ -128,6 +128,54 @@ def resolve(name: str, *, progress: Progress | None = None) -> Path:
     raise ModelNotFound(f"there is no model {name!r}: neither a file, nor in the catalogue, nor 'org/repo'", hint=hint)
 
 
+def folder(name: str) -> str:
+    """What libraries that read Hugging Face's own form are to be given for the model `name`: a folder, or a Hub id.
+
+    A catalogue model is unpacked once: its weights as bfloat16, its tokenizer and chat template out of the GGUF file.
+
+    Raises:
+        ModelNotFound: If there is no such model.
+    """
+    if name in CATALOGUE:
+        return str(_unpacked(CATALOGUE[name]))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.absolute())
+    if _is_hub_id(name) and ":" not in name:
+        return name
+    hint = f"give a folder with config.json and safetensors, org/repo, or one of: {', '.join(CATALOGUE)}"
+    raise ModelNotFound(f"there is no model {name!r} in Hugging Face's form", hint=hint)
+
+
+def _unpacked(model: Model) -> Path:
+    from filelock import FileLock
+
+    source = _from_catalogue(model, _quiet)
+    target = source.with_suffix(f".{model.sha256[:12]}.hf")
+    if target.is_dir():
+        return target
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as staging:
+                part = Path(staging, "model")
+                _unpack(source, part)
+                part.rename(target)
+    return target
+
+
+def _unpack(gguf: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    given = {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
+    plain = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **given, dtype="bfloat16", quantization_config=plain)
+    # What from_pretrained makes up of a GGUF file is refused by save_pretrained.
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.gguf)(:[^:]+\.gguf)?", name) is not None
 

@@ -24,6 +24,7 @@ import httpx2
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from moa_ray.engines import catalogue
+from moa_ray.engines._openai_stream import fields_of, usage_of
 from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, FinishReason, Usage
 from moa_ray.errors import ContextOverflow, EngineError, EngineRefused, EngineUnavailable, ModelNotFound
 from moa_ray.graph.messages import Message
@@ -56,7 +57,6 @@ class LlamaCpp:
     """An `Engine` over one GGUF file. Make it with `create`."""
 
     Options: ClassVar[type[BaseModel]] = LlamaCppOptions
-    default_resources: ClassVar[Resources] = Resources(num_cpus=1, num_gpus=0)
 
     def __init__(self, model: str, server: Any, socket: Path, options: LlamaCppOptions) -> None:
         self.model = model
@@ -69,6 +69,11 @@ class LlamaCpp:
         self._slots = asyncio.Semaphore(options.slots)
         self._context_window: int | None = None
         self._remove_socket = weakref.finalize(self, shutil.rmtree, socket.parent, ignore_errors=True)
+
+    @classmethod
+    def default_resources(cls, options: BaseModel) -> Resources:
+        """One CPU."""
+        return Resources(num_cpus=1, num_gpus=0)
 
     @classmethod
     async def create(cls, model: str, options: BaseModel, *, num_cpus: float) -> LlamaCpp:
@@ -112,7 +117,7 @@ class LlamaCpp:
         finish_reason: FinishReason | None = None
         async with self._slots, aclosing(self._events(_payload(request))) as events:
             async for event in events:
-                usage = _usage_of(event) or usage
+                usage = usage_of(event["usage"]) if event.get("usage") else usage
                 for choice in event["choices"]:
                     finish_reason = choice["finish_reason"] or finish_reason
                     text, tool_calls = choice["delta"].get("content") or "", choice["delta"].get("tool_calls") or ()
@@ -220,14 +225,6 @@ def _params(xllamacpp: Any, path: Path, socket: Path, options: LlamaCppOptions, 
 
 
 def _payload(request: EngineRequest) -> dict[str, Any]:
-    sampling = request.sampling
-    given = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_tokens,
-        "seed": sampling.seed,
-        "stop": sampling.stop or None,
-    }
     return {
         "messages": request.messages_to_continue,
         "stream": True,
@@ -235,16 +232,9 @@ def _payload(request: EngineRequest) -> dict[str, Any]:
         "timings_per_token": True,  # tells how many tokens a piece of text stands for
         # Without events in the prefill, llama.cpp would notice a closed connection only after it.
         "return_progress": True,
-        **{key: value for key, value in given.items() if value is not None},
+        **fields_of(request.sampling),
         **request.extra,
     }
-
-
-def _usage_of(event: dict[str, Any]) -> Usage | None:
-    if not (usage := event.get("usage")):
-        return None
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    return Usage(usage["prompt_tokens"], usage["completion_tokens"], cached)
 
 
 def _failure(status: int, error: dict[str, Any]) -> EngineError:

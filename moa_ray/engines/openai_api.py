@@ -17,7 +17,8 @@ import httpx2
 import openai
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr
 
-from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, FinishReason, Sampling, Usage
+from moa_ray.engines._openai_stream import chunks_of, fields_of
+from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, Usage
 from moa_ray.errors import (
     ContextOverflow,
     EngineError,
@@ -33,7 +34,6 @@ _BYTES_PER_TOKEN = 3.5
 """Of English text, on the low side; an endpoint does not tell how it counts."""
 _TOKENS_PER_MESSAGE = 4
 _LONGEST_REASON = 300
-_FINISH: dict[str, FinishReason] = {"length": "length", "tool_calls": "tool_calls"}
 
 
 class OpenAIOptions(BaseModel):
@@ -71,7 +71,6 @@ class OpenAIEngine:
     """
 
     Options: ClassVar[type[BaseModel]] = OpenAIOptions
-    default_resources: ClassVar[Resources] = Resources(num_cpus=0, num_gpus=0)
 
     def __init__(self, model: str, options: OpenAIOptions) -> None:
         self.model = model
@@ -84,6 +83,11 @@ class OpenAIEngine:
             max_retries=0,
             timeout=httpx2.Timeout(options.idle_timeout_s, connect=options.connect_timeout_s),
         )
+
+    @classmethod
+    def default_resources(cls, options: BaseModel) -> Resources:
+        """Nothing: the work is done elsewhere."""
+        return Resources(num_cpus=0, num_gpus=0)
 
     @classmethod
     async def create(cls, model: str, options: BaseModel, *, num_cpus: float) -> OpenAIEngine:
@@ -117,9 +121,10 @@ class OpenAIEngine:
                 stream=True,
                 stream_options={"include_usage": True},
                 extra_body={**options.extra_body, **continued, **request.extra} or None,
-                **_fields(request.sampling),
+                **fields_of(request.sampling),
             ) as response:
-                async for chunk in _chunks(self._events(response.iter_lines()), request.messages):
+                events = self._events(response.iter_lines())
+                async for chunk in chunks_of(events, _estimate(request.messages)):
                     yield chunk
         except (openai.APIError, httpx2.HTTPError, json.JSONDecodeError) as error:
             raise self._translated(error) from None
@@ -180,43 +185,6 @@ class OpenAIEngine:
         for secret in filter(None, self._secrets):
             text = text.replace(secret, "***")
         return " ".join(text.split())[:_LONGEST_REASON]
-
-
-async def _chunks(events: AsyncIterator[dict[str, Any]], messages: tuple[Message, ...]) -> AsyncIterator[Chunk]:
-    finish: FinishReason | None = None
-    usage: Usage | None = None
-    tokens = 0
-    async for event in events:
-        if event.get("usage"):
-            usage = _usage(event["usage"])
-        for choice in event.get("choices") or ():
-            delta = choice.get("delta") or {}
-            text, tool_calls = delta.get("content") or "", tuple(delta.get("tool_calls") or ())
-            if text or tool_calls:
-                tokens += 1
-                yield Chunk(text, 1, tool_calls=tool_calls)
-            if reason := choice.get("finish_reason"):
-                finish = _FINISH.get(reason, "stop")
-    if finish is None:
-        raise EngineUnavailable("the endpoint's stream ended before the answer did")
-    yield Chunk(finish_reason=finish, usage=usage or Usage(_estimate(messages), tokens))
-
-
-def _fields(sampling: Sampling) -> dict[str, Any]:
-    """OpenAI's names of what is set."""
-    fields: dict[str, Any] = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_tokens,
-        "seed": sampling.seed,
-        "stop": list(sampling.stop) or None,
-    }
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _usage(counts: dict[str, Any]) -> Usage:
-    cached = (counts.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return Usage(counts.get("prompt_tokens") or 0, counts.get("completion_tokens") or 0, cached)
 
 
 def _message(event: dict[str, Any]) -> str:

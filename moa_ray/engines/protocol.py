@@ -149,5 +149,14 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class HasHealth(Protocol):
+    """An engine that can die while its process lives."""
+
+    async def check_health(self) -> None:
+        """Raise if it has."""
+        ...
+
+
 NO_FLUSH = inf
 """`flush_s` of a call whose reader wants the whole answer as one message."""

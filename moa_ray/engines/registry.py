@@ -9,7 +9,7 @@ import difflib
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol, cast, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,6 +22,7 @@ _BUILT_IN = {
     "scripted": "moa_ray.engines.scripted:Scripted",
     "llamacpp": "moa_ray.engines.llamacpp:LlamaCpp",
     "openai": "moa_ray.engines.openai_api:OpenAIEngine",
+    "vllm": "moa_ray.engines.vllm:VLLM",
 }
 
 
@@ -30,14 +31,25 @@ class EngineKind(Protocol):
 
     Attributes:
         Options: Pydantic model of the kind's own YAML keys; extra keys forbidden.
-        default_resources: What a replica takes where the YAML says nothing.
     """
 
     Options: ClassVar[type[BaseModel]]
-    default_resources: ClassVar[Resources]
+
+    def default_resources(self, options: BaseModel) -> Resources:
+        """What a replica takes where the YAML says nothing (a classmethod)."""
+        ...
 
     async def create(self, model: str, options: BaseModel, *, num_cpus: float) -> Engine:
         """A ready engine (a classmethod): the model is loaded when this returns."""
+        ...
+
+
+@runtime_checkable
+class KindWithWorkers(Protocol):
+    """A kind whose replica is a set of processes, such as those of tensor parallelism."""
+
+    def workers(self, options: BaseModel) -> int:
+        """How many (a classmethod)."""
         ...
 
 
@@ -86,11 +98,20 @@ def options_of(spec: EngineSpec) -> BaseModel:
 
 def resources_of(spec: EngineSpec) -> Resources:
     """What each replica of `spec` takes, the kind's defaults filled in."""
-    default = kind_of(spec).default_resources
+    default = kind_of(spec).default_resources(options_of(spec))
     missing = {
         k: v for k, v in default.model_dump(exclude_none=True).items() if k not in spec.resources.model_fields_set
     }
     return spec.resources.model_copy(update=missing)
+
+
+def workers_of(spec: EngineSpec) -> int:
+    """Processes that share the resources of each replica of `spec` evenly, on one node or several.
+
+    0 where the replica itself takes them. A kind has them if it has a classmethod `workers(options) -> int`.
+    """
+    kind = kind_of(spec)
+    return kind.workers(options_of(spec)) if isinstance(kind, KindWithWorkers) else 0
 
 
 def check(graph: Graph) -> None:

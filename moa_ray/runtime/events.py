@@ -70,20 +70,11 @@ class AgentEvent(Event):
 
 @dataclass(frozen=True, slots=True)
 class AgentStarted(AgentEvent):
-    """The call was sent to the engine.
-
-    Args:
-        proposals: How many it was shown.
-        trimmed: What had to be cut from its prompt to fit the window.
-        continued: Characters of the answer that an attempt before left, and that this one continues.
-        hedge: Whether it races the attempt before it, which is slow to begin.
-    """
+    """The call was sent to the engine. `trimmed` says what had to be cut from its prompt to fit the window."""
 
     name = "agent.started"
     proposals: int
     trimmed: tuple[str, ...] = ()
-    continued: int = 0
-    hedge: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +88,7 @@ class AgentDelta(AgentEvent):
 
 @dataclass(frozen=True, slots=True)
 class AgentFinished(AgentEvent):
-    """The call is complete; `seconds` is from this attempt's start, `ttft_s` to its first token.
-
-    `text` is the whole answer, `usage` this attempt's.
-    """
+    """The call is complete; `seconds` is from this attempt's start, `ttft_s` to its first token."""
 
     name = "agent.finished"
     text: str
@@ -112,7 +100,7 @@ class AgentFinished(AgentEvent):
 
 @dataclass(frozen=True, slots=True)
 class AgentFailed(AgentEvent):
-    """An attempt failed; with `will_retry` another follows, or runs already."""
+    """An attempt failed; with `will_retry` another follows."""
 
     name = "agent.failed"
     error: str

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moa_ray import __version__
@@ -37,6 +37,8 @@ _SILENCE = b": keep-alive\n\n"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": problems.ProblemBody} for status in (400, 401, 404, 413, 429, 500, 502, 503, 504)
 }
+
+_ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}}}
 
 
 def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGIApp:
@@ -64,13 +66,13 @@ class _Routes:
         self._created = int(time.time())
 
     def add_to(self, app: FastAPI) -> None:
-        app.post("/v1/chat/completions", responses=_ERRORS)(self.chat)
-        app.post("/v1/responses", responses=_ERRORS)(self.response)
+        app.post("/v1/chat/completions", responses=_ANSWERS)(self.chat)
+        app.post("/v1/responses", responses=_ANSWERS)(self.response)
         app.get("/v1/models", responses=_ERRORS)(self.models)
         app.get("/v1/models/{model:path}", responses=_ERRORS)(self.model)
         app.get("/health")(self.health)
         app.get("/ready", responses={503: {"model": problems.ProblemBody}})(self.ready)
-        app.get("/metrics")(self.metrics)
+        app.get("/metrics", response_class=PlainTextResponse)(self.metrics)
         app.get("/version")(self.version)
 
     # ------------------------------------------------------------------ answers

@@ -107,7 +107,15 @@ class StreamOptions(BaseModel):
 class ChatRequest(_Request):
     """Body of `POST /v1/chat/completions`."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {"model": "quickstart", "messages": [{"role": "user", "content": "Why is the sky blue?"}]},
+                {"model": "quickstart", "messages": [{"role": "user", "content": "And now?"}], "stream": True, "n": 2},
+            ]
+        },
+    )
 
     messages: list[ChatMessage] = Field(min_length=1)
     stream_options: StreamOptions | None = None
@@ -154,7 +162,9 @@ class InputItem(_Turn):
 class ResponsesRequest(_Request):
     """Body of `POST /v1/responses`: text in, text out; nothing is stored."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra={"examples": [{"model": "quickstart", "input": "Why is the sky blue?"}]}
+    )
 
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None

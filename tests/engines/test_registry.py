@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from moa_ray.engines import Scripted, registry
-from moa_ray.errors import SpecError
+from moa_ray.errors import EngineRefused, SpecError
 from moa_ray.graph import EngineSpec, Graph, loads
 
 SPEC = """\
@@ -29,7 +30,7 @@ def graph(engine: str) -> Graph:
     ("engine", "says"),
     [
         ("{kind: scriptd, model: m}", "g.yaml:4: engines.s.kind: there is no engine kind 'scriptd'.*mean 'scripted'"),
-        ("{kind: zzz, model: m}", "known kinds: .*llamacpp, openai, scripted"),
+        ("{kind: zzz, model: m}", "known kinds: .*llamacpp, openai, scripted.*vllm"),
         ("{kind: scripted, model: m, tfft_s: 1}", "g.yaml:4: engines.s.tfft_s: unknown key.*did you mean 'ttft_s'"),
         ("{kind: scripted, model: m, ttft_s: -1}", "g.yaml:4: engines.s.ttft_s: must be at least 0, not -1"),
         ("{kind: scripted, model: m, faults: [{kind: explode}]}", r"engines.s.faults\[0\].kind: must be 'unavailable'"),
@@ -46,6 +47,30 @@ def test_resources_not_given_are_the_kinds_own() -> None:
     spec = EngineSpec.model_validate({"kind": "llamacpp", "model": "m", "resources": {"num_gpus": 0.5}})
     resources = registry.resources_of(spec)
     assert (resources.num_cpus, resources.num_gpus) == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "resources", "workers"),
+    [
+        ({}, (1, 1), 1),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, (4, 4), 4),
+        ({"device": "cpu"}, (1, 0), 1),
+        ({"tensor_parallel_size": 2, "resources": {"num_gpus": 1}}, (2, 1), 2),
+    ],
+)
+def test_a_vllm_replica_takes_what_its_workers_need(
+    keys: dict[str, Any], resources: tuple[float, float], workers: int
+) -> None:
+    spec = EngineSpec.model_validate({"kind": "vllm", "model": "m", **keys})
+    found = registry.resources_of(spec)
+    assert ((found.num_cpus, found.num_gpus), registry.workers_of(spec)) == (resources, workers)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
+async def test_where_vllm_is_missing_one_line_names_the_extra() -> None:
+    spec = EngineSpec.model_validate({"kind": "vllm", "model": "smollm2-135m-instruct"})
+    with pytest.raises(EngineRefused, match=r"(?s)need vLLM.*moa-ray\[vllm\]"):
+        await registry.create(spec)
 
 
 @pytest.fixture
