@@ -63,7 +63,8 @@ class View:
         self._ledger.add(event)
         match event:
             case AgentStarted():
-                self._drafts[event.call] = ""
+                if not (event.continued or event.hedge):
+                    self._drafts[event.call] = ""
                 self._notes[event.call] = "; ".join(event.trimmed)
             case AgentDelta():
                 self._drafts[event.call] += event.text

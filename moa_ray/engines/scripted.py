@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from itertools import accumulate, takewhile
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, FinishReason, Usage
 from moa_ray.errors import (
@@ -79,6 +80,19 @@ class ToolCall(BaseModel):
         return {"index": 0, "id": id, "type": "function", "function": function}
 
 
+class Stragglers(BaseModel):
+    """Calls that are slow to begin, drawn at random."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    share: float = Field(ge=0, le=1)
+    """Their share of all calls."""
+    factor: PositiveFloat
+    """On their time to first token."""
+    seed: int = 0
+    """Of the draw."""
+
+
 class ScriptedOptions(BaseModel):
     """Keys of an engine of `kind: scripted`."""
 
@@ -104,6 +118,10 @@ class ScriptedOptions(BaseModel):
     """Calls served at once; more wait."""
     context_window: PositiveInt | None = None
     """Prompt plus completion tokens that fit."""
+    continues: bool = True
+    """Whether an answer that broke off can be continued."""
+    stragglers: Stragglers | None = None
+    """`{share, factor}`: a share of the calls that takes so many times as long to begin."""
     faults: tuple[Fault, ...] = ()
     """Failures to play."""
 
@@ -128,6 +146,7 @@ class Scripted:
         self._calls_of: dict[str, int] = {}
         # Hashes of all prefixes of earlier prompts, the oldest first.
         self._prefixes: OrderedDict[int, None] = OrderedDict()
+        self._random = random.Random(self.options.stragglers.seed if self.options.stragglers else 0)
         self._slots = asyncio.Semaphore(self.options.concurrency) if self.options.concurrency else None
 
     @classmethod
@@ -141,8 +160,9 @@ class Scripted:
         return cls(ScriptedOptions.model_validate(options), model=model)
 
     async def info(self) -> EngineInfo:
-        """The script's window; prefixes are always cached, and answers can be continued."""
-        return EngineInfo(self.model, self.options.context_window, prefix_cache=True, continues=True)
+        """What the script says; prefixes are always cached."""
+        options = self.options
+        return EngineInfo(self.model, options.context_window, prefix_cache=True, continues=options.continues)
 
     async def count_tokens(self, messages: tuple[Message, ...]) -> int:
         """One token a word, and one a role."""
@@ -189,7 +209,10 @@ class Scripted:
         tokens, finish_reason = self._reply(request, number)
         slow = options.slowdown.get(request.agent, 1.0)
         clock = asyncio.get_running_loop().time
-        due = clock() + slow * (options.ttft_s + (len(prompt) - cached) * options.prefill_s_per_token)
+        ttft_s = options.ttft_s
+        if options.stragglers and self._random.random() < options.stragglers.share:
+            ttft_s *= options.stragglers.factor
+        due = clock() + slow * (ttft_s + (len(prompt) - cached) * options.prefill_s_per_token)
         for position, token in enumerate(tokens):
             if fault and position == fault.after_tokens:
                 await _strike(fault)

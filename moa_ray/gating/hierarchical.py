@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moa_ray.gating.errors import GateError
 from moa_ray.gating.gate import Gate
 from moa_ray.gating.losses import balance_losses
 from moa_ray.gating.noisy_topk import NoisyTopK
@@ -43,6 +44,11 @@ class Hierarchical(Gate):
         w_importance: float = 0.1,
         w_load: float = 0.1,
     ) -> None:
+        if not (1 <= k_groups <= num_groups and 1 <= k_experts <= group_size):
+            raise GateError(
+                f"{k_groups=} cannot be chosen from {num_groups=}, or {k_experts=} from {group_size=}",
+                hint="choose at least 1 and at most all of each level",
+            )
         super().__init__(num_groups * group_size, k_groups * k_experts)
         self.group_size = group_size
         self.w_importance = w_importance

@@ -10,7 +10,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 
 from moa_ray.graph.source import Path, Problem, Source, did_you_mean
-from moa_ray.graph.spec import EngineSpec, GraphSpec, Node, Rank, RankAggregator, VoteAggregator
+from moa_ray.graph.spec import Agent, EngineSpec, GraphSpec, Node, Rank, RankAggregator, VoteAggregator
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +176,7 @@ def _names(spec: GraphSpec) -> Iterable[Problem]:
     for name, agent in spec.agents.items():
         if isinstance(agent.engine, str) and agent.engine not in spec.engines:
             yield _dangling(("agents", name, "engine"), "engine", agent.engine, spec.engines)
+        yield from _fallbacks(spec, name, agent)
     for path, agent_name in _mentions(spec):
         if agent_name not in spec.agents:
             yield _dangling(path, "agent", agent_name, spec.agents)
@@ -186,6 +187,15 @@ def _names(spec: GraphSpec) -> Iterable[Problem]:
                 yield Problem(("layers", number, position), f"{agent_name!r} stands twice in this layer", hint)
     for name, node in spec.nodes.items():
         yield from _inputs(spec, name, node)
+
+
+def _fallbacks(spec: GraphSpec, name: str, agent: Agent) -> Iterable[Problem]:
+    for position, engine in enumerate(agent.fallbacks):
+        path: Path = ("agents", name, "fallbacks", position)
+        if engine not in spec.engines:
+            yield _dangling(path, "engine", engine, spec.engines)
+        elif engine == agent.engine or engine in agent.fallbacks[:position]:
+            yield Problem(path, f"{engine!r} is asked already", "a fallback is another engine")
 
 
 def _inputs(spec: GraphSpec, name: str, node: Node) -> Iterable[Problem]:
@@ -225,7 +235,8 @@ def _unused(spec: GraphSpec) -> Iterable[Problem]:
     asked = {agent for _, agent in _mentions(spec)}
     for name in spec.agents.keys() - asked:
         yield Problem(("agents", name), "no layer, node or aggregator asks this agent", "use it or remove it")
-    used = {agent.engine for agent in spec.agents.values() if isinstance(agent.engine, str)}
+    agents = spec.agents.values()
+    used = {name for agent in agents for name in (agent.engine, *agent.fallbacks) if isinstance(name, str)}
     for name in spec.engines.keys() - used:
         yield Problem(("engines", name), "no agent uses this engine", "use it or remove it")
 
@@ -255,5 +266,27 @@ def _policy(spec: GraphSpec, calls: tuple[Call, ...], finals: tuple[str, ...]) -
     if policy.quorum > smallest:
         where = "the smallest layer has" if spec.layers else "the aggregator sees"
         yield Problem(("policy", "quorum"), f"{policy.quorum} answers can never be had: {where} {smallest}")
-    if policy.grace_s is not None and policy.grace_s >= policy.deadline_s:
-        yield Problem(("policy", "grace_s"), f"the grace is not shorter than the deadline of {policy.deadline_s:g} s")
+    yield from _times(spec)
+    engines = [*spec.engines.values(), *(a.engine for a in spec.agents.values() if isinstance(a.engine, EngineSpec))]
+    if policy.hedge and all(engine.most_replicas < 2 for engine in engines):
+        hint = "give an engine replicas: 2"
+        yield Problem(("policy", "hedge"), "no engine has a second replica that could be asked", hint)
+
+
+def _times(spec: GraphSpec) -> Iterable[Problem]:
+    """Waits that could never end as written, because a shorter one ends first."""
+    policy = spec.policy
+    waits: list[tuple[Path, str, float | None]] = [(("policy", "grace_s"), "the grace", policy.grace_s)]
+    for name, agent in spec.agents.items():
+        waits.append((("agents", name, "patience_s"), "the patience", agent.patience_s))
+        if agent.patience_s is not None and policy.grace_s is None:
+            hint = "set policy.grace_s, or remove it"
+            yield Problem(("agents", name, "patience_s"), "a layer without a grace waits for everybody", hint)
+    if policy.layer_deadline_s and policy.layer_deadline_s > policy.deadline_s:
+        message = f"a layer's deadline is longer than the whole request's of {policy.deadline_s:g} s"
+        yield Problem(("policy", "layer_deadline_s"), message)
+    for path, what, wait_s in waits:
+        for limit, limit_s in (("deadline", policy.deadline_s), ("layer deadline", policy.layer_deadline_s)):
+            if wait_s is not None and limit_s is not None and wait_s >= limit_s:
+                yield Problem(path, f"{what} is not shorter than the {limit} of {limit_s:g} s")
+                break

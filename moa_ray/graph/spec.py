@@ -75,6 +75,11 @@ class EngineSpec(BaseModel):
         """The keys that belong to the kind."""
         return dict(self.model_extra or {})
 
+    @property
+    def most_replicas(self) -> int:
+        """Replicas that there can be."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.max
+
 
 class Agent(_Strict):
     """A persona on an engine."""
@@ -97,6 +102,12 @@ class Agent(_Strict):
     """Independent answers that this agent gives (Self-MoA, Li et al. 2025)."""
     timeout_s: PositiveFloat | None = None
     """Longest time for one call, in seconds."""
+    fallbacks: list[str] = Field(default_factory=list)
+    """Engines that are asked instead, in this order, when the agent's own fails or is known to be down."""
+    required: bool = False
+    """Whether a layer may not be done without this agent's answer, whatever its quorum."""
+    patience_s: float | None = Field(None, ge=0)
+    """Seconds that a layer waits for this agent once its quorum is met, in place of `policy.grace_s`."""
 
 
 class Node(_Strict):
@@ -140,6 +151,15 @@ class Gate(_Strict):
     """`all`: every agent of the layer."""
 
 
+class Hedge(_Strict):
+    """Asking a second replica when the first one is slow to begin; the first to begin answers, the other is cut off."""
+
+    after: Literal["p90", "p95", "p99"] = "p95"
+    """How slow: beyond this percentile of the engine's recent times to first token."""
+    budget: float = Field(0.1, gt=0, le=1)
+    """Most calls that may be asked twice, as a share of all."""
+
+
 class Policy(_Strict):
     """What a request may cost and what it survives."""
 
@@ -149,8 +169,12 @@ class Policy(_Strict):
     """Seconds that a layer waits for the rest once its quorum is met; not given waits for all."""
     deadline_s: PositiveFloat = 600.0
     """Longest time for a whole request, in seconds."""
+    layer_deadline_s: PositiveFloat | None = None
+    """Longest time for a layer of proposers, in seconds; who has not answered by then counts as failed."""
     retries: int = Field(1, ge=0, le=10)
-    """Times that a failed call is tried again, while nothing of it was used."""
+    """Times that a failed call is tried again; an answer that broke off is continued, never repeated."""
+    hedge: Hedge | None = None
+    """`{after: p95}`: ask a second replica where the first is slower to begin than usual; not given: never."""
     streaming: Literal["barrier"] = "barrier"
     """`barrier`: a layer starts when the one before is done, as in the paper."""
 

@@ -97,7 +97,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         vocabulary = Vocabulary(facts["level"], tuple(facts["words"]))
         model, run = load_file(path / _MODEL), load_file(path / _RUN)
         return Checkpoint(facts["step"], facts["model"], vocabulary, facts["reads"], model, run)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path / _JSON}: damaged checkpoint: it lacks {error}") from error
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint: {error}") from error
 
 

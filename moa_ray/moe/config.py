@@ -219,5 +219,5 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def _problem(error: ErrorDetails) -> str:
-    message = " ".join(error["msg"].removeprefix("Value error, ").split())
+    message = " ".join(error["msg"].removeprefix("Value error, ").replace("\n  hint:", ";").split())
     return f"{'.'.join(map(str, error['loc'])) or 'file'}: {message}"

@@ -123,7 +123,7 @@ class MoE(nn.Module):
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise GateError(f"x has dtype {x.dtype}, the layer's weights {weight.dtype}", hint="x.to(...) or autocast")
         if self.debug:
-            _check_finite({"x": x, **dict(self.named_parameters())})
+            _check_finite({"x": x, **dict(self.named_parameters()), **dict(self.named_buffers())})
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -70,11 +70,20 @@ class AgentEvent(Event):
 
 @dataclass(frozen=True, slots=True)
 class AgentStarted(AgentEvent):
-    """The call was sent to the engine. `trimmed` says what had to be cut from its prompt to fit the window."""
+    """The call was sent to the engine.
+
+    Args:
+        proposals: How many it was shown.
+        trimmed: What had to be cut from its prompt to fit the window.
+        continued: Characters of the answer that an attempt before left, and that this one continues.
+        hedge: Whether it races the attempt before it, which is slow to begin.
+    """
 
     name = "agent.started"
     proposals: int
     trimmed: tuple[str, ...] = ()
+    continued: int = 0
+    hedge: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +97,10 @@ class AgentDelta(AgentEvent):
 
 @dataclass(frozen=True, slots=True)
 class AgentFinished(AgentEvent):
-    """The call is complete; `seconds` is from this attempt's start, `ttft_s` to its first token."""
+    """The call is complete; `seconds` is from this attempt's start, `ttft_s` to its first token.
+
+    `text` is the whole answer, `usage` this attempt's.
+    """
 
     name = "agent.finished"
     text: str
@@ -100,7 +112,7 @@ class AgentFinished(AgentEvent):
 
 @dataclass(frozen=True, slots=True)
 class AgentFailed(AgentEvent):
-    """An attempt failed; with `will_retry` another follows."""
+    """An attempt failed; with `will_retry` another follows, or runs already."""
 
     name = "agent.failed"
     error: str

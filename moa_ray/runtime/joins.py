@@ -12,7 +12,8 @@ from math import inf, isinf
 
 from moa_ray.engines.protocol import FinishReason
 from moa_ray.errors import MoARayError, QuorumNotMet
-from moa_ray.graph import Call, Policy
+from moa_ray.graph import Call
+from moa_ray.runtime.plan import Plan
 
 Inputs = tuple[str, ...]
 """Ids of the calls that somebody waits for, in the user's order."""
@@ -32,16 +33,17 @@ class Joins:
     """All calls of a run as tasks, and who waits for which.
 
     Args:
-        policy: What it takes for a join to be done.
+        plan: Who answers, and what it takes for a join to be done.
         clock: The loop's time.
 
     Attributes:
         calls: The task of each call; to be filled in topological order.
     """
 
-    def __init__(self, policy: Policy, clock: Callable[[], float]) -> None:
+    def __init__(self, plan: Plan, clock: Callable[[], float]) -> None:
         self.calls: dict[str, asyncio.Task[Outcome]] = {}
-        self._policy = policy
+        self._policy = plan.policy
+        self._agents = {call.id: plan.graph.spec.agents[call.agent] for call in plan.calls}
         self._clock = clock
         self._joins: dict[Inputs, asyncio.Task[list[Outcome]]] = {}
 
@@ -56,15 +58,17 @@ class Joins:
         await asyncio.wait({join})  # unlike awaiting the task, this does not cancel it with us
         outcomes = join.result()
         answers = [outcome for outcome in outcomes if outcome.error is None]
-        errors = {outcome.call: outcome.error for outcome in outcomes if outcome.error is not None}
         needed = min(self._policy.quorum, len(inputs))
-        if len(answers) >= needed:
+        missing = self._required(inputs) - {outcome.call.id for outcome in answers}
+        if len(answers) >= needed and not missing:
             return answers
+        errors = {outcome.call: outcome.error for outcome in outcomes if outcome.error is not None}
         for error in errors.values():  # the layers above a failed one fail with its error
             if isinstance(error, QuorumNotMet):
                 return error
         reasons = "; ".join(f"{call.id} ({type(error).__name__}: {error.message})" for call, error in errors.items())
-        return QuorumNotMet(f"{len(answers)} of {len(inputs)} agents answered, {needed} needed: {reasons}")
+        which = f"{needed} needed" if not missing else f"{', '.join(sorted(missing))} required"
+        return QuorumNotMet(f"{len(answers)} of {len(inputs)} agents answered, {which}: {reasons}")
 
     def cancel(self) -> None:
         """Cut off whatever still runs."""
@@ -73,19 +77,32 @@ class Joins:
 
     async def _join(self, inputs: Inputs) -> list[Outcome]:
         """Outcomes of `inputs` in their order, those that were cut off left out."""
-        tasks = {self.calls[name]: name for name in inputs}
-        pending = set(tasks)
-        quorum = min(self._policy.quorum, len(inputs))
-        give_up = inf
-        while pending and (left := give_up - self._clock()) > 0:
-            timeout = None if isinf(left) else left
-            done, pending = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            answered = sum(task.result().error is None for task in tasks if task.done())
-            if done and answered >= quorum and self._policy.grace_s is not None:
-                give_up = min(give_up, self._clock() + self._policy.grace_s)
-        for task in pending:
-            self._release(task, tasks[task], inputs)
-        return [task.result() for task in tasks if task not in pending]
+        tasks = {name: self.calls[name] for name in inputs}
+        due: dict[str, float] = {}  # when a straggler is given up
+        while waiting := {name for name, task in tasks.items() if not task.done()}:
+            left = min((due.get(name, inf) for name in waiting), default=inf) - self._clock()
+            timeout = None if isinf(left) else max(0.0, left)
+            await asyncio.wait({tasks[n] for n in waiting}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            outcomes = {name: task.result() for name, task in tasks.items() if task.done()}
+            if any(outcomes[name].error for name in self._required(inputs) & outcomes.keys()):
+                due = dict.fromkeys(tasks, self._clock())  # nothing that the others say can help
+            elif not due and self._done({name for name, outcome in outcomes.items() if not outcome.error}, inputs):
+                due = {name: self._clock() + self._patience_s(name) for name in tasks}
+            for name in [name for name in tasks if name not in outcomes and due.get(name, inf) <= self._clock()]:
+                self._release(tasks.pop(name), name, inputs)
+        return [task.result() for task in tasks.values()]
+
+    def _required(self, inputs: Inputs) -> set[str]:
+        return {name for name in inputs if self._agents[name].required}
+
+    def _done(self, answered: set[str], inputs: Inputs) -> bool:
+        """Whether those who have answered suffice."""
+        return len(answered) >= min(self._policy.quorum, len(inputs)) and self._required(inputs) <= answered
+
+    def _patience_s(self, name: str) -> float:
+        """How long a call is waited for once the others suffice."""
+        patience_s, grace_s = self._agents[name].patience_s, self._policy.grace_s
+        return inf if grace_s is None else grace_s if patience_s is None else patience_s
 
     def _release(self, task: asyncio.Task[Outcome], name: str, inputs: Inputs) -> None:
         """Cut off a straggler, unless somebody else still waits for it."""

@@ -28,10 +28,13 @@ class CallRecord:
     Args:
         call: Id of the call in the graph.
         agent: Name of the agent.
-        engine: Name of its engine.
+        engine: Name of the engine that was asked last.
         layer: Layer of the call, from 1.
         state: How it stands.
-        attempts: Times it was sent to the engine.
+        attempts: Times it was sent to an engine.
+        retries: Those that followed a failure.
+        hedges: Those that raced another one.
+        cancelled: Those that were cut off.
         usage: Tokens of all attempts.
         text: The answer, once finished.
         started_s: Seconds from the run's start to the first attempt.
@@ -46,7 +49,10 @@ class CallRecord:
     layer: int
     started_s: float
     state: State = "running"
-    attempts: int = 1
+    attempts: int = 0
+    retries: int = 0
+    hedges: int = 0
+    cancelled: int = 0
     usage: Usage = field(default_factory=Usage)
     text: str = ""
     seconds: float = 0.0
@@ -59,6 +65,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._records: dict[str, CallRecord] = {}
+        self._flying: set[tuple[str, int]] = set()
 
     @property
     def records(self) -> tuple[CallRecord, ...]:
@@ -73,29 +80,36 @@ class Ledger:
     def add(self, event: Event) -> None:
         """Book one event; those that are not of an agent are passed over."""
         match event:
-            case AgentStarted(call=call):
-                record = self._records.setdefault(
-                    call, CallRecord(call, event.agent, event.engine, event.layer, event.t)
-                )
-                record.attempts, record.state, record.error = event.attempt, "running", ""
+            case AgentStarted():
+                record = self._record(event)
+                record.engine, record.state, record.error = event.engine, "running", ""
+                record.attempts += 1
+                record.hedges += event.hedge
+                record.retries += event.attempt > 1 and not event.hedge
+                self._flying.add((event.call, event.attempt))
             case AgentFinished():
                 record = self._end(event, event.usage, "finished")
-                record.text, record.ttft_s = event.text, event.ttft_s
+                record.engine, record.text, record.ttft_s = event.engine, event.text, event.ttft_s
             case AgentFailed():
-                self._end(event, event.usage, "failed").error = event.message
+                self._end(event, event.usage, "failed", event.message)
             case AgentCancelled():
-                self._end(event, event.usage, "cancelled").error = event.reason
+                self._end(event, event.usage, "cancelled", event.reason).cancelled += 1
             case _:
                 pass
 
-    def _end(self, event: AgentEvent, usage: Usage, state: State) -> CallRecord:
-        # A call whose inputs failed ends without having started.
-        record = self._records.setdefault(
-            event.call, CallRecord(event.call, event.agent, event.engine, event.layer, event.t, attempts=0)
-        )
+    def _record(self, event: AgentEvent) -> CallRecord:
+        if event.call not in self._records:
+            self._records[event.call] = CallRecord(event.call, event.agent, event.engine, event.layer, event.t)
+        return self._records[event.call]
+
+    def _end(self, event: AgentEvent, usage: Usage, state: State, error: str = "") -> CallRecord:
+        """Book the end of an attempt, which is the end of the call unless another one still runs."""
+        record = self._record(event)  # a call may end without having started
         record.usage += usage
-        record.state = state
         record.seconds = event.t - record.started_s
+        self._flying.discard((event.call, event.attempt))
+        if not any(call == event.call for call, _ in self._flying):
+            record.state, record.error = state, error
         return record
 
 

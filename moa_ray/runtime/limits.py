@@ -37,6 +37,8 @@ def policy_for(graph: Graph, wanted: Mapping[str, Any]) -> Policy:
     for key, most in ceilings.items():
         if key in wanted and getattr(changed, key) > most:
             raise RequestError(f"policy.{key}: {getattr(changed, key):g} is more than the {most:g} allowed here")
+    if changed.hedge and changed.hedge != policy.hedge:
+        raise RequestError("policy.hedge: a request can switch hedging off, not on")
     return changed
 
 

@@ -45,16 +45,17 @@ class Meter:
     """Keeps what `EngineLoad` tells, for every engine."""
 
     def __init__(self) -> None:
-        self._ongoing: defaultdict[str, dict[str, str]] = defaultdict(dict)  # run -> call -> engine
+        # run -> (call, attempt) -> engine
+        self._ongoing: defaultdict[str, dict[tuple[str, int], str]] = defaultdict(dict)
         self._ended: deque[tuple[float, str, float | None]] = deque()
 
     def add(self, event: Event) -> None:
         """Book one event."""
         match event:
             case AgentStarted():
-                self._ongoing[event.run][event.call] = event.engine
+                self._ongoing[event.run][event.call, event.attempt] = event.engine
             case AgentFinished() | AgentFailed() | AgentCancelled():
-                self._ongoing[event.run].pop(event.call, None)
+                self._ongoing[event.run].pop((event.call, event.attempt), None)
                 if not isinstance(event, AgentCancelled):
                     seconds = event.seconds if isinstance(event, AgentFinished) else None
                     self._ended.append((time.monotonic(), event.engine, seconds))

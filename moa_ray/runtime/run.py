@@ -13,6 +13,7 @@ from moa_ray.graph.spec import VoteAggregator
 from moa_ray.runtime import choose
 from moa_ray.runtime.attempts import Caller
 from moa_ray.runtime.events import LayerStarted, RunFinished, RunStarted
+from moa_ray.runtime.health import Health
 from moa_ray.runtime.joins import Joins, Outcome
 from moa_ray.runtime.journal import Journal
 from moa_ray.runtime.plan import Plan
@@ -36,14 +37,15 @@ class Run:
     Args:
         plan: What is asked.
         engines: An engine for every name in the graph.
+        health: What is known of them.
     """
 
-    def __init__(self, plan: Plan, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, plan: Plan, engines: Mapping[str, Engine], health: Health) -> None:
         self.journal = Journal()
         self._plan = plan
         self._deadline = self.journal.clock() + plan.policy.deadline_s
-        self._caller = Caller(plan, self.journal, engines, self._deadline)
-        self._joins = Joins(plan.policy, self.journal.clock)
+        self._caller = Caller(plan, self.journal, engines, health, self._deadline)
+        self._joins = Joins(plan, self.journal.clock)
         self._layers_begun: set[int] = set()
 
     async def execute(self) -> None:

@@ -9,22 +9,25 @@ from contextlib import aclosing
 from moa_ray.engines.protocol import Engine
 from moa_ray.graph import Graph, Message, conversation
 from moa_ray.runtime.events import Event
+from moa_ray.runtime.health import Health
 from moa_ray.runtime.ledger import RunResult
 from moa_ray.runtime.plan import Plan, RunOptions
 from moa_ray.runtime.run import Run
 
 
 class Runner:
-    """Runs requests through one graph over its engines; holds nothing between two requests.
+    """Runs requests through one graph over its engines; between two requests it holds the engines' health alone.
 
     Args:
         graph: The graph.
         engines: An engine for every name in `graph.engines`.
+        health: What is known of the engines already; nothing where not given.
     """
 
-    def __init__(self, graph: Graph, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, graph: Graph, engines: Mapping[str, Engine], health: Health | None = None) -> None:
         self.graph = graph
         self.engines = engines
+        self.health = health if health is not None else Health()
 
     async def batches(
         self, prompt: str | Iterable[Message], options: RunOptions | None = None
@@ -38,7 +41,7 @@ class Runner:
             RequestError: If the prompt is empty or malformed.
             MoARayError: After `run.finished`, if the run failed.
         """
-        run = Run(Plan.of(self.graph, conversation(prompt), options or RunOptions()), self.engines)
+        run = Run(Plan.of(self.graph, conversation(prompt), options or RunOptions()), self.engines, self.health)
         task = asyncio.create_task(run.execute())
         task.add_done_callback(lambda _: run.journal.end())
         try:

@@ -71,7 +71,8 @@ def test_with_one_group_it_is_the_flat_gate_of_that_group() -> None:
     torch.testing.assert_close(routing.weights_TK, flat.weights_TK)
 
 
-@pytest.mark.parametrize(("k_groups", "k_experts"), [(5, 1), (1, 4)])
+@pytest.mark.parametrize(("k_groups", "k_experts"), [(5, 1), (1, 4), (0, 1), (1, 0), (13, 1)])
 def test_a_level_that_chooses_more_than_it_has_is_refused(k_groups: int, k_experts: int) -> None:
-    with pytest.raises(GateError, match="cannot be chosen"):
+    complaint = f"k_groups={k_groups} cannot be chosen from num_groups=4, or k_experts={k_experts} from group_size=3"
+    with pytest.raises(GateError, match=complaint):
         Hierarchical(4, 3, k_groups=k_groups, k_experts=k_experts)

@@ -283,6 +283,14 @@ def test_debug_mode_names_the_tensor_that_is_not_finite(bad: float) -> None:
         layer(torch.randn(5, 8))
 
 
+def test_debug_mode_looks_at_buffers_too() -> None:
+    gate = LossFreeBias(6, 2)
+    layer = MoE(8, gate, LocalExperts(6, 8, 12), debug=True)
+    gate.bias_E[4] = torch.nan
+    with pytest.raises(GateError, match=r"^gate\.bias_E has 1 values .* first at \(4,\)"):
+        layer(torch.randn(5, 8))
+
+
 def test_debug_mode_names_what_finite_numbers_overflow_to() -> None:
     layer = layer_of(NoisyTopK(6, 2)).eval()
     layer.debug = True

@@ -264,12 +264,12 @@ async def test_a_retryable_failure_is_retried_and_a_final_one_is_not() -> None:
 
 
 async def test_a_proposal_that_breaks_off_is_retried_and_only_the_whole_one_is_used() -> None:
-    run, engine = panel(
-        1, replies={"a1": "one two three four"}, **_faults({"agent": "a1", "after_tokens": 2, "times": 1})
-    )
+    fault = {"agent": "a1", "after_tokens": 2, "times": 1}
+    run, engine = panel(1, replies={"a1": "one two three four"}, continues=False, **_faults(fault))
     result = await run.run("why?")
     assert _prompt(_of(engine, "chief")).count("one two") == 1
     assert result.agents[0].usage.completion_tokens == 2 + 4  # the lost tokens were paid for, too
+    assert result.agents[0].retries == 1
 
 
 async def test_the_aggregator_is_retried_before_its_first_token() -> None:
@@ -278,7 +278,8 @@ async def test_the_aggregator_is_retried_before_its_first_token() -> None:
 
 
 async def test_an_aggregator_that_dies_after_tokens_were_sent_fails_the_run_and_never_repeats_text() -> None:
-    run, _ = panel(2, replies={"chief": "one two three"}, **_faults({"agent": "chief", "after_tokens": 2}))
+    fault = {"agent": "chief", "after_tokens": 2}
+    run, _ = panel(2, replies={"chief": "one two three"}, continues=False, **_faults(fault))
     events: list[Event] = []
     with pytest.raises(EngineUnavailable):
         async for event in run.stream("why?", RunOptions(answer_flush_s=0)):
