@@ -94,7 +94,8 @@ def _problem(finding: Any, model: type[BaseModel], path: Path) -> Problem:
         case "extra_forbidden":
             return Problem(full, "unknown key", _hint_for_key(str(place[-1]), model, place[:-1]))
         case "missing":
-            return Problem(full, "is missing")
+            near = difflib.get_close_matches(str(place[-1]), map(str, given), n=1) if isinstance(given, Mapping) else []
+            return Problem(full, "is missing", f"is {near[0]!r} meant to be it?" if near else "")
         case "literal_error":
             word = did_you_mean(
                 str(given), [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
