@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("moa-ray", deadline=None)  # a busy machine is no failure
+settings.load_profile("moa-ray")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # A shell that starts us in the background has us ignore interrupts, and our children with us.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -26,7 +26,7 @@ class EngineReplica:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
         """Answer, in as few messages as the reader of `request` wants."""
-        async for chunk in coalesce(self._engine.stream(request), request.flush_s):
+        async for chunk in coalesce(self._engine.stream(request), request.flush_s, request.flush_tokens):
             yield chunk
 
     async def complete(self, request: EngineRequest) -> Chunk:
@@ -80,7 +80,9 @@ class HandleEngine:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
         """Chunks from one replica; closing the generator cancels the call there."""
-        whole = isinf(request.flush_s)  # a plain call costs less than half of a streamed one
+        whole = (
+            isinf(request.flush_s) and request.flush_tokens is None
+        )  # a plain call costs less than half of a streamed one
         response: Any = self._complete(request) if whole else self._stream(request)
         with reading(response, self._translated):
             if whole:

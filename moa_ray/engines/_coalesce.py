@@ -6,18 +6,21 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from math import isinf
+from math import inf, isinf
 from typing import Any
 
 from moa_ray.engines.protocol import Chunk
 
 
-async def coalesce(chunks: AsyncGenerator[Chunk, None], flush_s: float) -> AsyncGenerator[Chunk, None]:
-    """Join chunks that arrive within `flush_s` seconds of the last one passed on.
+async def coalesce(
+    chunks: AsyncGenerator[Chunk, None], flush_s: float, flush_tokens: int | None = None
+) -> AsyncGenerator[Chunk, None]:
+    """Join chunks that arrive within `flush_s` seconds of the last one passed on, up to `flush_tokens` tokens.
 
-    The first text passes at once, so the time to the first token is untouched, unless `flush_s` is
-    infinite: then everything travels in the last chunk, with the `ttft_s` that its reader cannot see.
+    The first text passes at once, so the time to the first token is untouched, unless `flush_s` is infinite: then
+    only tokens count. Where text was held back, the last chunk has the `ttft_s` that its reader cannot see.
     """
+    most = inf if flush_tokens is None else flush_tokens
     clock = asyncio.get_running_loop().time
     received = clock()
     first: float | None = None
@@ -37,7 +40,7 @@ async def coalesce(chunks: AsyncGenerator[Chunk, None], flush_s: float) -> Async
                 ttft_s = chunk.ttft_s if chunk.ttft_s is not None else (first or now) - received
                 yield replace(chunk, text="".join(text), tokens=tokens, ttft_s=ttft_s, tool_calls=tuple(tools))
                 return
-            if now - last >= flush_s and not isinf(flush_s):
+            if (now - last >= flush_s and not isinf(flush_s)) or tokens >= most:
                 yield Chunk("".join(text), tokens, tool_calls=tuple(tools))
                 text.clear()
                 tools.clear()

@@ -67,6 +67,7 @@ class LlamaCpp:
         self._http = httpx2.AsyncClient(transport=transport, base_url="http://llamacpp", timeout=None)
         # llama.cpp would queue too many calls itself, but notices only at their turn that one was given up.
         self._slots = asyncio.Semaphore(options.slots)
+        self._warm_ups: set[asyncio.Task[Usage]] = set()
         self._context_window: int | None = None
         self._remove_socket = weakref.finalize(self, shutil.rmtree, socket.parent, ignore_errors=True)
 
@@ -104,7 +105,19 @@ class LlamaCpp:
         return int(counted["input_tokens"])
 
     async def warm(self, request: EngineRequest) -> Usage:
-        """Prefill the prompt; the one token that llama.cpp then insists on is thrown away."""
+        """Prefill the prompt in a slot that no call wants; the one token that llama.cpp insists on is thrown away."""
+        if self._slots.locked():
+            return Usage()
+        task = asyncio.create_task(self._prefill(request))
+        self._warm_ups.add(task)
+        task.add_done_callback(self._warm_ups.discard)
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+        return Usage() if task.cancelled() else task.result()  # cancelled: a call took the slot
+
+    async def _prefill(self, request: EngineRequest) -> Usage:
         usage = Usage()
         async with aclosing(self.stream(replace(request, sampling=replace(request.sampling, max_tokens=1)))) as chunks:
             async for chunk in chunks:
@@ -113,11 +126,15 @@ class LlamaCpp:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
         """Answer `request`, a chunk per piece of text; a trailing assistant message is continued."""
-        usage, counted = Usage(), 0
+        usage, counted, prefill_s = Usage(), 0, None
         finish_reason: FinishReason | None = None
+        if self._slots.locked() and self._warm_ups:
+            self._warm_ups.pop().cancel()
         async with self._slots, aclosing(self._events(_payload(request))) as events:
             async for event in events:
                 usage = usage_of(event["usage"]) if event.get("usage") else usage
+                if timings := event.get("timings"):
+                    prefill_s = timings["prompt_ms"] / 1e3
                 for choice in event["choices"]:
                     finish_reason = choice["finish_reason"] or finish_reason
                     text, tool_calls = choice["delta"].get("content") or "", choice["delta"].get("tool_calls") or ()
@@ -127,7 +144,8 @@ class LlamaCpp:
                         counted = decoded
         if finish_reason is None:
             raise EngineUnavailable(f"{self.model}: the answer broke off")
-        yield Chunk(tokens=usage.completion_tokens - counted, finish_reason=finish_reason, usage=usage)
+        rest = usage.completion_tokens - counted
+        yield Chunk(tokens=rest, finish_reason=finish_reason, usage=usage, prefill_s=prefill_s)
 
     async def close(self) -> None:
         """Cut off what is running and free the model."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, cast
 
@@ -55,6 +57,9 @@ class OpenAIOptions(BaseModel):
     """Longest silence: before the first token, and between two."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Further fields of every request, such as `{top_k: 40}`."""
+    prefix_cache: bool = False
+    """Whether the endpoint keeps the beginnings of prompts, and `overlap` and `staircase` may fill that cache ahead:
+    by requests of one token, which are charged for their prompts."""
     continues: bool = False
     """Whether the endpoint continues an assistant message at the end, so that an answer that broke off can go on."""
     continue_body: dict[str, Any] = Field(default_factory=dict)
@@ -96,15 +101,22 @@ class OpenAIEngine:
 
     async def info(self) -> EngineInfo:
         """What the options say; an endpoint cannot be asked."""
-        return EngineInfo(self.model, self.options.context_window, continues=self.options.continues)
+        options = self.options
+        return EngineInfo(self.model, options.context_window, options.prefix_cache, options.continues)
 
     async def count_tokens(self, messages: tuple[Message, ...]) -> int:
         """An estimate from the length of the text."""
         return _estimate(messages)
 
     async def warm(self, request: EngineRequest) -> Usage:
-        """Nothing: an endpoint's cache is paid for by the token, and filled by the calls themselves."""
-        return Usage()
+        """A request of one token where `prefix_cache` allows it, else nothing: every token is charged."""
+        usage = Usage()
+        if self.options.prefix_cache:
+            one_token = replace(request, sampling=replace(request.sampling, max_tokens=1))
+            async with aclosing(self.stream(one_token)) as chunks:
+                async for chunk in chunks:
+                    usage = chunk.usage or usage
+        return usage
 
     async def close(self) -> None:
         """Close the connections."""

@@ -40,6 +40,7 @@ class EngineRequest:
         sampling: How to draw tokens.
         flush_s: The longest time (seconds) that generated text may be held back to travel in
             fewer messages: 0 sends every token by itself, inf the whole answer as one message.
+        flush_tokens: The most tokens that may be held back, whatever the time; None sets no such bound.
         agent: Name of the agent that asks; the scripted engine picks its script by it.
         extra: Further fields in OpenAI's words (`tools`, `tool_choice`, `response_format`), for engines that
             speak its protocol.
@@ -58,6 +59,7 @@ class EngineRequest:
     continue_from: str = ""
     affinity: str = ""
     avoid: frozenset[str] = frozenset()
+    flush_tokens: int | None = None
 
     @property
     def messages_to_continue(self) -> tuple[Message, ...]:
@@ -89,7 +91,8 @@ class Chunk:
 
     Every chunk but the last has text or tool calls. The last one has `finish_reason`, the call's `usage` and,
     where the engine held text back, `ttft_s`: seconds from the engine's receipt of the call to its
-    first token, which the receiver could not see. `tool_calls` are deltas as OpenAI streams them.
+    first token, which the receiver could not see; `prefill_s`, where the engine knows it, is the part of that in
+    which the prompt was read, and before it the call waited. `tool_calls` are deltas as OpenAI streams them.
     `replica` is who answers, where the engine has several; on the first chunk.
     """
 
@@ -100,6 +103,7 @@ class Chunk:
     ttft_s: float | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     replica: str = ""
+    prefill_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,10 @@ class Engine(Protocol):
         ...
 
     async def warm(self, request: EngineRequest, /) -> Usage:
-        """Prefill the prompt of `request` so that a later call that starts with it begins sooner."""
+        """Prefill the prompt of `request` so that a later call that starts with it begins sooner.
+
+        It yields to calls that decode: an engine without room for both does nothing, and returns an empty `Usage`.
+        """
         ...
 
     async def count_tokens(self, messages: tuple[Message, ...], /) -> int:

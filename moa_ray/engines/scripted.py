@@ -212,7 +212,8 @@ class Scripted:
         ttft_s = options.ttft_s
         if options.stragglers and self._random.random() < options.stragglers.share:
             ttft_s *= options.stragglers.factor
-        due = clock() + slow * (ttft_s + (len(prompt) - cached) * options.prefill_s_per_token)
+        prefill_s = slow * (ttft_s + (len(prompt) - cached) * options.prefill_s_per_token)
+        due = clock() + prefill_s
         for position, token in enumerate(tokens):
             if fault and position == fault.after_tokens:
                 await _strike(fault)
@@ -223,7 +224,7 @@ class Scripted:
             due += slow * options.itl_s
         if fault and fault.after_tokens >= len(tokens):
             await _strike(fault)
-        yield Chunk(finish_reason=finish_reason, usage=Usage(len(prompt), len(tokens), cached))
+        yield Chunk(finish_reason=finish_reason, usage=Usage(len(prompt), len(tokens), cached), prefill_s=prefill_s)
 
     def _reply(self, request: EngineRequest, number: int) -> tuple[list[str], FinishReason]:
         if self.options.reply_tokens:

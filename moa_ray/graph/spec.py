@@ -175,8 +175,15 @@ class Policy(_Strict):
     """Times that a failed call is tried again; an answer that broke off is continued, never repeated."""
     hedge: Hedge | None = None
     """`{after: p95}`: ask a second replica where the first is slower to begin than usual; not given: never."""
-    streaming: Literal["barrier"] = "barrier"
-    """`barrier`: a layer starts when the one before is done, as in the paper."""
+    streaming: Literal["barrier", "overlap", "staircase"] = "barrier"
+    """`barrier`: a layer starts when the one before is done, as in the paper. `overlap`: the same, and the same text,
+    but prompts are prefilled while the proposals in them are being written. `staircase`: a layer starts on the first
+    chunks of the one before and takes in newer text as it writes."""
+    chunk_tokens: PositiveInt = 64
+    """`staircase`: tokens that a layer wants of the one before it to start, and writes before it looks for more."""
+    patience: float = Field(0.0, ge=0, le=1)
+    """`staircase`: how much of each proposal must be there before the answer begins, as a share of the most that it
+    may become: 0 is eager, a chunk is enough; 1 is patient, the answer waits for the proposals' end."""
 
 
 class Limits(_Strict):
@@ -218,8 +225,9 @@ class GraphSpec(_Strict):
     """What a request may cost and what it survives."""
     limits: Limits = Limits()
     """How far a request may go beyond the policy."""
-    prompt: Literal["stable", "paper"] = "stable"
-    """Where the proposals stand. `stable`: after the conversation, so that prefixes stay cached;
+    prompt: Literal["stable", "woven", "paper"] = "stable"
+    """Where the proposals stand. `stable`: after the conversation, so that prefixes stay cached; `woven`: there, too,
+    but a part of each in turn, so that even proposals written at the same time only ever add to the prompt's end;
     `paper`: in the system message before it, as the reference implementation has it."""
     proposal_max_tokens: PositiveInt = 600
     """Cap of a proposer that sets no `max_tokens`."""

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from math import inf, isinf
+from math import inf
 
-from moa_ray.engines.protocol import Chunk, Engine, EngineRequest, FinishReason, Usage
+from moa_ray.engines.protocol import Chunk, Engine, EngineRequest, FinishReason
 from moa_ray.errors import EngineError, EngineTimeout, EngineUnavailable
 from moa_ray.graph import Call
+from moa_ray.graph.prompts import Prompt
 from moa_ray.runtime import context
-from moa_ray.runtime.events import AgentCancelled, AgentDelta, AgentFailed, AgentFinished, AgentStarted
+from moa_ray.runtime.events import (
+    AgentCancelled,
+    AgentDelta,
+    AgentFailed,
+    AgentFinished,
+    AgentPaused,
+    AgentStarted,
+)
 from moa_ray.runtime.health import RETRY_SHARE, Health
 from moa_ray.runtime.joins import Outcome
 from moa_ray.runtime.journal import Journal
@@ -24,6 +32,29 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _FIRST_TOKEN_THEN_ALL_S = 1e9
 """A `flush_s` that tells when an answer begins, and brings all the rest in one message."""
+
+_PIECE_TOKENS = 16
+"""Of a proposal that others read while it is written, a message holds so many tokens, or a chunk's, if that is less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The part of a text that is written on one prompt; all of it, where not said otherwise.
+
+    Args:
+        number: From 1.
+        begun: What the stages before wrote.
+        begun_tokens: Tokens of it.
+        tokens: The most that this stage writes; None for the last, which writes the rest.
+    """
+
+    number: int = 1
+    begun: str = ""
+    begun_tokens: int = 0
+    tokens: int | None = None
+
+
+_WHOLE = Stage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +75,44 @@ class Caller:
     health: Health
     deadline: float
 
-    async def ask(self, call: Call, proposals: Sequence[str]) -> Outcome:
-        """One call with its attempts, inside its share of the time that is left."""
-        return await _Asking(self, call, proposals).outcome()
+    async def ask(self, call: Call, prompt: Prompt, stage: Stage = _WHOLE) -> Outcome:
+        """One call with its attempts, inside its share of the time that is left.
+
+        Args:
+            call: Who is asked.
+            prompt: What.
+            stage: Which part of the text is wanted.
+
+        Returns:
+            The text up to the end of the stage, or why it could not be had.
+        """
+        return await _Asking(self, call, prompt, stage).outcome()
 
 
 class _Asking:
     """One call on its way to an outcome."""
 
-    def __init__(self, caller: Caller, call: Call, proposals: Sequence[str]) -> None:
+    def __init__(self, caller: Caller, call: Call, prompt: Prompt, stage: Stage) -> None:
         self._plan, self._journal = caller.plan, caller.journal
         self._clock = caller.journal.clock
         self._deadline = caller.deadline
         self._engines, self._health = caller.engines, caller.health
-        self._call, self._proposals = call, proposals
+        self._call, self._prompt, self._stage = call, prompt, stage
         self._agent = self._plan.graph.spec.agents[call.agent]
         self._is_answer = self._plan.answers(call)
         options = self._plan.options
         self._flush_s = options.answer_flush_s if self._is_answer else options.draft_flush_s
+        policy = self._plan.policy
+        read_meanwhile = not self._is_answer and policy.streaming != "barrier"
+        self._flush_tokens = min(_PIECE_TOKENS, policy.chunk_tokens) if read_meanwhile else None
         self._engine = self._plan.graph.engine_of(call.agent)
         self._fallbacks = list(self._agent.fallbacks)
         self._retries = 0  # of the engine that is asked now
         self._number = 0
         self._flying: list[Attempt] = []
         self._failed_on: set[str] = set()  # replicas
-        self._text: list[str] = []
-        self._tokens = 0
+        self._text = [stage.begun] if stage.begun else []
+        self._tokens = stage.begun_tokens
         self._has_tool_calls = False
 
     async def outcome(self) -> Outcome:
@@ -163,7 +206,7 @@ class _Asking:
                 if piece.text or piece.tool_calls:
                     self._receive(source, piece)
                 if piece.finish_reason is not None:
-                    return self._finish(source, piece.usage, piece.ttft_s, piece.finish_reason)
+                    return self._finish(source, piece, piece.finish_reason)
         raise AssertionError("the last piece has a finish reason")
 
     def _new_attempt(self) -> Attempt:
@@ -180,11 +223,11 @@ class _Asking:
             self._tokens = 0
         begun = "".join(self._text)
         sampling = self._plan.sampling(self._call)
-        prompt = self._plan.prompt(self._call, self._proposals)
-        messages, trimmed = await context.fit(prompt, engine, info, sampling.max_tokens)
-        if sampling.max_tokens:
-            sampling = replace(sampling, max_tokens=max(1, sampling.max_tokens - self._tokens))
-        self._journal.emit(AgentStarted(*self._head(attempt), len(self._proposals), trimmed, len(begun), hedge))
+        messages, trimmed = await context.fit(self._prompt, engine, info, sampling.max_tokens)
+        if (left := self._tokens_left(sampling.max_tokens)) is not None:
+            sampling = replace(sampling, max_tokens=left)
+        shown, stage = len(self._prompt.proposals), self._stage.number
+        self._journal.emit(AgentStarted(*self._head(attempt), shown, trimmed, len(begun), hedge, stage))
         request = EngineRequest(
             f"{self._journal.run}/{self._call.id}/{attempt.number}",
             messages,
@@ -193,9 +236,17 @@ class _Asking:
             self._call.agent,
             self._plan.options.extra if self._is_answer else {},
             continue_from=begun,
+            affinity=self._plan.affinity(self._call),
             avoid=avoid | self._failed_on,
+            flush_tokens=self._flush_tokens,
         )
         attempt.chunks = engine.stream(request)
+
+    def _tokens_left(self, max_tokens: int | None) -> int | None:
+        """The most that may still be written; None where nothing bounds it."""
+        stage = self._stage
+        ends = [max_tokens, None if stage.tokens is None else stage.begun_tokens + stage.tokens]
+        return max(1, min(end for end in ends if end is not None) - self._tokens) if any(ends) else None
 
     async def _pieces(self, attempt: Attempt) -> AsyncGenerator[tuple[Attempt, Chunk], None]:
         """Pieces of the answer, each with the attempt that it came by."""
@@ -249,20 +300,24 @@ class _Asking:
         self._has_tool_calls |= bool(piece.tool_calls)
         if self._is_answer:
             self._journal.emit_answer(piece.text, piece.tool_calls)
-        elif not isinf(self._flush_s):
+        else:
             self._journal.emit(AgentDelta(*self._head(attempt), piece.text, piece.tokens))
 
-    def _finish(self, attempt: Attempt, usage: Usage | None, ttft_s: float | None, reason: FinishReason) -> Outcome:
-        text = "".join(self._text)
+    def _finish(self, attempt: Attempt, last: Chunk, reason: FinishReason) -> Outcome:
+        text, usage = "".join(self._text), last.usage or attempt.usage
         if not text.strip() and reason != "tool_calls":
             raise EngineUnavailable("the answer is empty")
         seconds = self._clock() - attempt.started
         # Where text was held back, only the engine knows when its first token came.
-        first_s = (ttft_s if ttft_s is not None else attempt.ttft_s) or seconds
+        first_s = (last.ttft_s if last.ttft_s is not None else attempt.ttft_s) or seconds
         self._flying.remove(attempt)
         self._health[attempt.engine].succeeded(first_s)
-        self._journal.emit(AgentFinished(*self._head(attempt), text, usage or attempt.usage, seconds, first_s, reason))
-        return Outcome(self._call, text, reason)
+        head = self._head(attempt)
+        if self._stage.tokens is None:
+            self._journal.emit(AgentFinished(*head, text, usage, seconds, first_s, reason, last.prefill_s))
+        else:
+            self._journal.emit(AgentPaused(*head, usage, seconds, first_s, last.prefill_s))
+        return Outcome(self._call, text, reason, tokens=self._tokens)
 
     def _book(self, attempt: Attempt, error: EngineError) -> None:
         """Remember the failure of an engine that was asked."""

@@ -69,14 +69,32 @@ class AgentEvent(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Notice(Event):
+    """What a reader should know of how this run goes; told once."""
+
+    name = "run.notice"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentWarmed(AgentEvent):
+    """A part of the prompt of a call to come was prefilled ahead, in `seconds` seconds, at the cost of `usage`."""
+
+    name = "agent.warmed"
+    seconds: float
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
 class AgentStarted(AgentEvent):
     """The call was sent to the engine.
 
     Args:
         proposals: How many it was shown.
         trimmed: What had to be cut from its prompt to fit the window.
-        continued: Characters of the answer that an attempt before left, and that this one continues.
+        continued: Characters of the answer that are there already, and that this attempt continues.
         hedge: Whether it races the attempt before it, which is slow to begin.
+        stage: In a staircase a text is written in stages, each with attempts of its own; from 1.
     """
 
     name = "agent.started"
@@ -84,6 +102,7 @@ class AgentStarted(AgentEvent):
     trimmed: tuple[str, ...] = ()
     continued: int = 0
     hedge: bool = False
+    stage: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +115,25 @@ class AgentDelta(AgentEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class AgentPaused(AgentEvent):
+    """A stage of the text is written; the next one begins when there is more of the proposals to be seen.
+
+    `usage` and all times are this attempt's.
+    """
+
+    name = "agent.paused"
+    usage: Usage
+    seconds: float
+    ttft_s: float
+    prefill_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AgentFinished(AgentEvent):
     """The call is complete; `seconds` is from this attempt's start, `ttft_s` to its first token.
 
-    `text` is the whole answer, `usage` this attempt's.
+    `text` is the whole answer, `usage` this attempt's. `prefill_s`, where the engine knows it, is the part of `ttft_s`
+    in which the prompt was read; before it the call waited.
     """
 
     name = "agent.finished"
@@ -108,6 +142,7 @@ class AgentFinished(AgentEvent):
     seconds: float
     ttft_s: float
     finish_reason: FinishReason
+    prefill_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,13 @@ Inputs = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a call ended: with a text, or with an error."""
+    """How a call ended: with a text of so many tokens, or with an error."""
 
     call: Call
     text: str = ""
     finish_reason: FinishReason | None = None
     error: MoARayError | None = None
+    tokens: int = 0
 
 
 class Joins:

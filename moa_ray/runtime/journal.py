@@ -7,7 +7,8 @@ from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
-from moa_ray.runtime.events import AnswerDelta, Event
+from moa_ray.runtime.drafts import Drafts
+from moa_ray.runtime.events import AgentDelta, AnswerDelta, Event
 from moa_ray.runtime.ledger import Ledger
 
 _GATHER_S = 0.01
@@ -17,16 +18,22 @@ _GATHER_S = 0.01
 class Journal:
     """The events of one run, from those who tell them to the one who reads them.
 
+    Args:
+        deltas: Whether the reader wants the pieces of proposals.
+
     Attributes:
         run: The run's id.
         ledger: The account of all events so far.
+        drafts: How far each call has come.
         answer: The pieces of the answer so far.
         answer_ttft_s: Seconds to the first of them; None while there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, deltas: bool) -> None:
         self.run = f"run-{uuid4().hex[:12]}"
         self.ledger = Ledger()
+        self.drafts = Drafts()
+        self._deltas = deltas
         self.answer: list[str] = []
         self.answer_ttft_s: float | None = None
         self.clock = asyncio.get_running_loop().time
@@ -42,6 +49,9 @@ class Journal:
     def emit(self, event: Event) -> None:
         """Tell one event."""
         self.ledger.add(event)
+        self.drafts.add(event)
+        if isinstance(event, AgentDelta) and not self._deltas:
+            return
         self._events.append(event)
         self._something.set()
         if isinstance(event, AnswerDelta):

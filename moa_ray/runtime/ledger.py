@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,7 +13,9 @@ from moa_ray.runtime.events import (
     AgentEvent,
     AgentFailed,
     AgentFinished,
+    AgentPaused,
     AgentStarted,
+    AgentWarmed,
     Event,
     RunFinished,
     to_json,
@@ -31,15 +34,17 @@ class CallRecord:
         engine: Name of the engine that was asked last.
         layer: Layer of the call, from 1.
         state: How it stands.
-        attempts: Times it was sent to an engine.
+        stages: Stages in which the text was written.
+        attempts: Times that it, or a stage of it, was sent to an engine.
         retries: Those that followed a failure.
         hedges: Those that raced another one.
         cancelled: Those that were cut off.
         usage: Tokens of all attempts.
+        warmed: Tokens of prefilling its prompt ahead.
         text: The answer, once finished.
         started_s: Seconds from the run's start to the first attempt.
         seconds: From the first attempt's start to the end of the last, retries and pauses included.
-        ttft_s: Seconds from the successful attempt's start to its first token.
+        ttft_s: Seconds from the successful attempt's start to its first token; the first stage's.
         error: Why the last attempt failed, "" where it did not.
     """
 
@@ -49,11 +54,13 @@ class CallRecord:
     layer: int
     started_s: float
     state: State = "running"
+    stages: int = 1
     attempts: int = 0
     retries: int = 0
     hedges: int = 0
     cancelled: int = 0
     usage: Usage = field(default_factory=Usage)
+    warmed: Usage = field(default_factory=Usage)
     text: str = ""
     seconds: float = 0.0
     ttft_s: float | None = None
@@ -66,6 +73,7 @@ class Ledger:
     def __init__(self) -> None:
         self._records: dict[str, CallRecord] = {}
         self._flying: set[tuple[str, int]] = set()
+        self._warmed: defaultdict[str, Usage] = defaultdict(Usage)
 
     @property
     def records(self) -> tuple[CallRecord, ...]:
@@ -74,14 +82,18 @@ class Ledger:
 
     @property
     def usage(self) -> Usage:
-        """Tokens of all calls and attempts."""
-        return sum((record.usage for record in self._records.values()), Usage())
+        """Tokens of all calls and attempts, and of prefilling ahead."""
+        calls = (record.usage for record in self._records.values())
+        return sum((*calls, *self._warmed.values()), Usage())
 
     def add(self, event: Event) -> None:
         """Book one event; those that are not of an agent are passed over."""
         match event:
+            case AgentWarmed():  # before the call itself; its record begins with it
+                self._warmed[event.call] += event.usage
             case AgentStarted():
                 record = self._record(event)
+                record.warmed, record.stages = self._warmed[event.call], event.stage
                 record.engine, record.state, record.error = event.engine, "running", ""
                 record.attempts += 1
                 record.hedges += event.hedge
@@ -89,7 +101,11 @@ class Ledger:
                 self._flying.add((event.call, event.attempt))
             case AgentFinished():
                 record = self._end(event, event.usage, "finished")
-                record.engine, record.text, record.ttft_s = event.engine, event.text, event.ttft_s
+                record.engine, record.text = event.engine, event.text
+                record.ttft_s = event.ttft_s if record.stages == 1 else record.ttft_s
+            case AgentPaused():
+                record = self._end(event, event.usage, "running")
+                record.ttft_s = event.ttft_s if record.stages == 1 else record.ttft_s
             case AgentFailed():
                 self._end(event, event.usage, "failed", event.message)
             case AgentCancelled():

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from statistics import quantiles
 
-from moa_ray.runtime.events import AgentCancelled, AgentFailed, AgentFinished, AgentStarted, Event
+from moa_ray.runtime.events import AgentCancelled, AgentFailed, AgentFinished, AgentPaused, AgentStarted, Event
 
 WINDOW_S = 60.0
 
@@ -54,10 +54,10 @@ class Meter:
         match event:
             case AgentStarted():
                 self._ongoing[event.run][event.call, event.attempt] = event.engine
-            case AgentFinished() | AgentFailed() | AgentCancelled():
+            case AgentPaused() | AgentFinished() | AgentFailed() | AgentCancelled():
                 self._ongoing[event.run].pop((event.call, event.attempt), None)
                 if not isinstance(event, AgentCancelled):
-                    seconds = event.seconds if isinstance(event, AgentFinished) else None
+                    seconds = None if isinstance(event, AgentFailed) else event.seconds
                     self._ended.append((time.monotonic(), event.engine, seconds))
                     self._forget()
             case _:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from math import inf
 from typing import Any, Literal
 
@@ -92,6 +94,12 @@ class Plan:
         system = spec.agents[call.agent].system
         task: Literal["pick", "synthesize"] = "pick" if self.ranks(call) else "synthesize"
         return Prompt(system, self.messages, tuple(proposals), spec.prompt, task)
+
+    def affinity(self, call: Call) -> str:
+        """What calls have in common whose prompts begin alike, this turn's and the next one's."""
+        opening = next(n for n, message in enumerate(self.messages, start=1) if message["role"] != "system")
+        begin = json.dumps([self.graph.spec.agents[call.agent].system, self.messages[:opening]])
+        return blake2b(begin.encode(), digest_size=8).hexdigest()
 
     def sampling(self, call: Call) -> Sampling:
         """How `call` is sampled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isinf
 
 from moa_ray.engines.protocol import Engine, FinishReason
 from moa_ray.errors import DeadlineExceeded, MoARayError
@@ -16,6 +17,8 @@ from moa_ray.runtime.events import LayerStarted, RunFinished, RunStarted
 from moa_ray.runtime.health import Health
 from moa_ray.runtime.joins import Joins, Outcome
 from moa_ray.runtime.journal import Journal
+from moa_ray.runtime.modes import Modes
+from moa_ray.runtime.overlap import Overlap
 from moa_ray.runtime.plan import Plan
 
 
@@ -41,11 +44,13 @@ class Run:
     """
 
     def __init__(self, plan: Plan, engines: Mapping[str, Engine], health: Health) -> None:
-        self.journal = Journal()
+        self.journal = Journal(deltas=not isinf(plan.options.draft_flush_s))
         self._plan = plan
         self._deadline = self.journal.clock() + plan.policy.deadline_s
         self._caller = Caller(plan, self.journal, engines, health, self._deadline)
         self._joins = Joins(plan, self.journal.clock)
+        self._modes = Modes(plan, self.journal, engines)
+        self._overlap = Overlap(plan, self.journal, engines)
         self._layers_begun: set[int] = set()
 
     async def execute(self) -> None:
@@ -76,7 +81,7 @@ class Run:
                 joins.calls[call.id] = group.create_task(self._call(call))
             finals = plan.graph.finals if plan.calls else ()
             joins.open(group, finals)
-            proposals = await joins.answers(finals)
+            proposals = await (self._inputs(plan.answer) if plan.answer else joins.answers(finals))
             if isinstance(proposals, MoARayError):
                 result: _Answer | MoARayError = proposals
             else:
@@ -85,17 +90,25 @@ class Run:
         return result
 
     async def _call(self, call: Call) -> Outcome:
-        inputs = await self._joins.answers(call.inputs)
+        inputs = await self._inputs(call)
         if isinstance(inputs, MoARayError):
             return Outcome(call, error=inputs)
         return await self._ask(call, inputs)
+
+    async def _inputs(self, call: Call) -> list[Outcome] | MoARayError:
+        """The answers that `call` builds on; its prompt is warmed meanwhile, where that is wanted."""
+        if await self._modes.of(call) == "barrier":
+            return await self._joins.answers(call.inputs)
+        async with self._overlap.ahead(call):
+            return await self._joins.answers(call.inputs)
 
     async def _ask(self, call: Call, inputs: list[Outcome]) -> Outcome:
         if call.layer not in self._layers_begun:
             self._layers_begun.add(call.layer)
             agents = self._plan.graph.agents_of_layer(call.layer)
             self.journal.emit(LayerStarted(self.journal.run, self.journal.now, call.layer, agents))
-        return await self._caller.ask(call, [outcome.text for outcome in inputs])
+        prompt = self._plan.prompt(call, [outcome.text for outcome in inputs])
+        return await self._caller.ask(call, prompt)
 
     async def _aggregate(self, proposals: list[Outcome]) -> _Answer | MoARayError:
         texts = [outcome.text for outcome in proposals]

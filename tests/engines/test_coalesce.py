@@ -34,6 +34,12 @@ async def test_the_first_token_is_never_held_back_and_no_text_is_lost() -> None:
     assert sum(chunk.tokens for chunk in chunks) == 4
 
 
+async def test_a_bound_of_tokens_holds_however_long_the_wait_may_be() -> None:
+    chunks = [chunk async for chunk in coalesce(_tokens(0, 0, 0, 0, 0), inf, 2)]
+    assert [chunk.text for chunk in chunks] == ["0 1 ", "2 3 ", "4 "]
+    assert chunks[-1].ttft_s is not None
+
+
 async def test_closing_it_closes_the_engines_stream() -> None:
     closed = asyncio.Event()
 

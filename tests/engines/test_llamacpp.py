@@ -17,7 +17,7 @@ import pytest
 from pydantic import ValidationError
 
 from moa_ray.engines.llamacpp import LlamaCpp, LlamaCppOptions
-from moa_ray.engines.protocol import Chunk, Engine, EngineRequest, Sampling
+from moa_ray.engines.protocol import Chunk, Engine, EngineRequest, Sampling, Usage
 from moa_ray.errors import ContextOverflow, EngineRefused, EngineUnavailable, ModelNotFound
 from moa_ray.graph.messages import Message
 
@@ -152,6 +152,29 @@ async def test_a_warmed_prompt_needs_no_prefill(llama: LlamaCpp) -> None:
     assert warmed.prompt_tokens > 60
     assert warmed.completion_tokens == 0
     assert await _cached(llama, _ask(system, _user("another"))) > 60
+
+
+async def test_a_prompt_that_grows_is_prefilled_piece_by_piece(llama: LlamaCpp) -> None:
+    growing = ["Grow. " + " ".join(f"leaf{n}" for n in range(count)) for count in (30, 60, 90)]
+    before = 0
+    for text in growing:
+        usage = await llama.warm(_ask(_user(text)))
+        assert usage.cached_tokens >= before - 8  # a few tokens of the template's end are not those of the text
+        before = usage.prompt_tokens
+    assert await _cached(llama, _ask(_user(growing[-1] + " and the fruit?"))) >= before - 8
+
+
+async def test_warm_ups_take_no_slot_that_a_call_wants(llama: LlamaCpp) -> None:
+    await _idle(llama)
+    async with aclosing(llama.stream(_ask(*TALE, max_tokens=900))) as first:
+        await anext(first)
+        warming = asyncio.create_task(llama.warm(_ask(_user(LONG_WORDS * 320))))
+        while _metrics(llama)["requests_processing"] < 2:
+            await asyncio.sleep(0.005)
+        async with aclosing(llama.stream(_ask(*TALE, max_tokens=900))) as second:  # takes the slot from the warm-up
+            await anext(second)
+            assert await warming == Usage()
+            assert await llama.warm(_ask(_user("no room"))) == Usage()
 
 
 async def test_calls_at_once_are_decoded_in_one_batch(llama: LlamaCpp) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from moa_ray.engines import Chunk, EngineRequest, Sampling
+from moa_ray.engines import Chunk, EngineRequest, Sampling, Usage
 from moa_ray.engines.openai_api import OpenAIEngine, OpenAIOptions, _retry_after_s
 from moa_ray.errors import (
     ContextOverflow,
@@ -79,6 +79,17 @@ async def test_an_answer_is_continued_by_an_assistant_message_where_the_endpoint
     assert body["continue_final_message"] is True
     await chunks(engine)
     assert "continue_final_message" not in served[1].requests[-1][0]
+
+
+async def test_an_endpoint_is_warmed_by_one_token_where_it_keeps_prefixes_and_not_at_all_elsewhere(
+    make: Any, served: tuple[str, Endpoint]
+) -> None:
+    asked = len(served[1].requests)
+    assert await make("m").warm(request()) == Usage() and len(served[1].requests) == asked
+    engine = make("m", prefix_cache=True)
+    assert (await engine.info()).prefix_cache
+    assert (await engine.warm(request(max_tokens=99))).prompt_tokens > 0
+    assert served[1].requests[-1][0]["max_tokens"] == 1
 
 
 async def test_the_request_holds_what_was_set_and_nothing_else(make: Any, served: tuple[str, Endpoint]) -> None:
