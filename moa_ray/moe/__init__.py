@@ -4,9 +4,17 @@ Touches `moa_ray.gating`, `moa_ray.errors`, torch, numpy, safetensors, pydantic,
 `MoE` takes any `Experts`; `LocalExperts` run in this process and are the reference that every
 other placement must equal bit for bit.
 
+`ExpertPool`, `Router` and what goes with them live in `remote`, the one part that knows Ray, and load
+when they are first used.
+
 Inside: `layer` (the module) over `dispatch` (tokens to rows and back), `experts` and `grouped`
 (a matrix per expert); above them `model`, `text`, `config`, `train`, `checkpoint`, `generate`.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from moa_ray.gating import (
     ExpertChoice,
@@ -20,17 +28,41 @@ from moa_ray.gating import (
     SoftmaxTopK,
     StrictlyBalanced,
 )
-from moa_ray.moe.errors import CheckpointError, ConfigError, TrainingError
-from moa_ray.moe.experts import Experts, FeedForward, LocalExperts
+from moa_ray.moe.errors import (
+    CheckpointError,
+    ConfigError,
+    ExpertsLost,
+    PoisonedBatch,
+    PoolError,
+    PoolLost,
+    StalePool,
+    TrainingError,
+)
+from moa_ray.moe.experts import Experts, FeedForward, LocalExperts, RemoteExperts
 from moa_ray.moe.layer import MoE, MoEAux
 from moa_ray.moe.model import LanguageModel
+
+if TYPE_CHECKING:
+    from moa_ray.moe.remote.peers import Patience
+    from moa_ray.moe.remote.pool import ExpertPool
+    from moa_ray.moe.remote.snapshot import Fresh, Snapshots
+
+_HOMES = {
+    "ExpertPool": "moa_ray.moe.remote.pool",
+    "Fresh": "moa_ray.moe.remote.snapshot",
+    "Patience": "moa_ray.moe.remote.peers",
+    "Snapshots": "moa_ray.moe.remote.snapshot",
+}
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "ExpertChoice",
+    "ExpertPool",
     "Experts",
+    "ExpertsLost",
     "FeedForward",
+    "Fresh",
     "Gate",
     "GateError",
     "GateStats",
@@ -41,8 +73,25 @@ __all__ = [
     "MoE",
     "MoEAux",
     "NoisyTopK",
+    "Patience",
+    "PoisonedBatch",
+    "PoolError",
+    "PoolLost",
+    "RemoteExperts",
     "Routing",
+    "Snapshots",
     "SoftmaxTopK",
+    "StalePool",
     "StrictlyBalanced",
     "TrainingError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moa_ray.moe' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -36,6 +36,15 @@ class Experts(Protocol):
         ...
 
 
+@runtime_checkable
+class RemoteExperts(Experts, Protocol):
+    """Experts that may be gone for a while: a call then raises `ExpertsLost`, and the layer masks them."""
+
+    def living(self) -> Tensor | None:
+        """Which experts can be asked now, bool of shape (E,); None for all."""
+        ...
+
+
 class LocalExperts(nn.Module):
     """Feed-forward experts in this process: the reference that every other placement must equal.
 
@@ -95,12 +104,18 @@ class LocalExperts(nn.Module):
         return self._run(x_RD, counts_E)
 
     def _run(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        hidden_RH = _HIDDEN[self.activation](grouped_linear(x_RD, self.w_in_EDH.to(x_RD.dtype), counts_E))
-        return grouped_linear(hidden_RH, self.w_out_EHD.to(x_RD.dtype), counts_E)
+        weights = (self.w_in_EDH.to(x_RD.dtype), self.w_out_EHD.to(x_RD.dtype))
+        return feed_forward(x_RD, *weights, counts_E, self.activation)
 
     def extra_repr(self) -> str:
         """Shows the sizes in `print(module)`."""
         return f"{self.num_experts}, {self.d_model}, {self.d_hidden}, activation={self.activation!r}"
+
+
+def feed_forward(x_RD: Tensor, w_in_EDH: Tensor, w_out_EHD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+    """What `LocalExperts` compute, from their weights."""
+    hidden_RH = _HIDDEN[activation](grouped_linear(x_RD, w_in_EDH, counts_E))
+    return grouped_linear(hidden_RH, w_out_EHD, counts_E)
 
 
 class FeedForward(nn.Module):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moa_ray.gating import Gate, GateError, GateStats, Routing
-from moa_ray.moe.dispatch import combine, dispatch, limit_to_capacity, plan_dispatch
-from moa_ray.moe.experts import Experts
+from moa_ray.moe.dispatch import DispatchPlan, combine, dispatch, limit_to_capacity, plan_dispatch
+from moa_ray.moe.errors import ExpertsLost
+from moa_ray.moe.experts import Experts, RemoteExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,7 @@ class MoE(nn.Module):
         self._check_input(x)
         x_TD = x.reshape(-1, self.d_model)
         chosen: Routing = self.gate(x_TD)
-        routing = self._limit(chosen, x_TD.shape[0])
-        plan = plan_dispatch(routing)
-        y_RD = self.experts(dispatch(x_TD, plan), plan.counts_E)
+        routing, plan, y_RD = self._run_experts(x_TD, chosen)
         y_TD = combine(y_RD, routing.weights_TK, plan).to(y_RD.dtype)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
@@ -109,6 +108,21 @@ class MoE(nn.Module):
     def end_step(self) -> None:
         """Call once after each optimizer step: gates that adapt without gradients do so here."""
         self.gate.end_step()
+
+    def _run_experts(self, x_TD: Tensor, chosen: Routing) -> tuple[Routing, DispatchPlan, Tensor]:
+        """The routes that were used, and the results of their rows; experts that are gone are masked."""
+        living_E = self.experts.living() if isinstance(self.experts, RemoteExperts) else None
+        while True:
+            present = (
+                chosen if living_E is None else chosen.keep(living_E.to(x_TD.device)[chosen.experts_TK.clamp_min(0)])
+            )
+            routing = self._limit(present, x_TD.shape[0])
+            plan = plan_dispatch(routing)
+            try:
+                return routing, plan, self.experts(dispatch(x_TD, plan), plan.counts_E)
+            except ExpertsLost as lost:  # the others share their weight; each round has fewer experts than the last
+                living_E = torch.ones(self.gate.num_experts, dtype=torch.bool) if living_E is None else living_E
+                living_E[list(lost.experts)] = False
 
     def _limit(self, chosen: Routing, tokens: int) -> Routing:
         if self.capacity_factor is None:
