@@ -54,7 +54,7 @@ class Stage:
     tokens: int | None = None
 
 
-_WHOLE = Stage()
+WHOLE = Stage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Caller:
     health: Health
     deadline: float
 
-    async def ask(self, call: Call, prompt: Prompt, stage: Stage = _WHOLE) -> Outcome:
+    async def ask(self, call: Call, prompt: Prompt, stage: Stage = WHOLE) -> Outcome:
         """One call with its attempts, inside its share of the time that is left.
 
         Args:

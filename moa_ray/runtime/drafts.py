@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moa_ray.runtime.events import (
@@ -27,7 +26,8 @@ class Draft:
         text: What there is of its text.
         tokens: Tokens of it.
         complete: Whether it is all.
-        lost: Whether the call ended without one.
+        lost: Whether the call failed.
+        paused: How its last stage went, where there was one.
         flying: Numbers of the attempts under way.
     """
 
@@ -35,6 +35,7 @@ class Draft:
     tokens: int = 0
     complete: bool = False
     lost: bool = False
+    paused: AgentPaused | None = None
     flying: set[int] = field(default_factory=set)
 
 
@@ -45,9 +46,8 @@ class Drafts:
         self._drafts: defaultdict[str, Draft] = defaultdict(Draft)
         self._news = asyncio.Event()
 
-    def of(self, calls: Sequence[str]) -> list[Draft]:
-        """The drafts of `calls` in their order, those that are lost left out."""
-        return [draft for call in calls if not (draft := self._drafts[call]).lost]
+    def __getitem__(self, call: str) -> Draft:
+        return self._drafts[call]
 
     @property
     def news(self) -> asyncio.Event:
@@ -71,14 +71,17 @@ class Drafts:
                 draft.tokens += event.tokens
             case AgentPaused():
                 draft.flying.discard(event.attempt)
+                draft.paused = event
                 return
             case AgentFinished():
                 draft.flying.discard(event.attempt)
                 draft.text, draft.complete = event.text, True
-            case AgentFailed() | AgentCancelled():
+            case AgentCancelled():  # for another attempt, or because nobody waits for it
                 draft.flying.discard(event.attempt)
-                goes_on = draft.flying or (isinstance(event, AgentFailed) and event.will_retry)
-                if goes_on:
+                return
+            case AgentFailed():
+                draft.flying.discard(event.attempt)
+                if draft.flying or event.will_retry:
                     return
                 draft.lost = True
             case _:

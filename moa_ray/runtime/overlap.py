@@ -65,28 +65,27 @@ class Overlap:
 
     async def _follow(self, call: Call, on_its_way: asyncio.Lock) -> None:
         """Warm the prompt of `call` as it grows, for as long as it pays."""
-        words, warmed, news = 0, Usage(), self._journal.drafts.news
+        words, warmed = 0, Usage()
         while True:
-            await news.wait()
             news = self._journal.drafts.news
             try:
                 messages = await self._certain(call)
                 if not messages:
                     return
-                if (now := len(messages[-1]["content"].split())) < words + _LEAST_WORDS:
-                    continue
-                async with on_its_way, asyncio.timeout(_LONGEST_S):
-                    usage = await self._warm(call, messages)
+                if (now := len(messages[-1]["content"].split())) >= words + _LEAST_WORDS:
+                    async with on_its_way, asyncio.timeout(_LONGEST_S):
+                        usage = await self._warm(call, messages)
+                    if usage.prompt_tokens:  # else the engine had no room for it
+                        if usage.cached_tokens < warmed.prompt_tokens / 2:
+                            return  # what was warmed before is gone: it does not pay
+                        words, warmed = now, usage
             except (EngineError, TimeoutError):
                 return  # what is wrong with the engine, the call itself will tell
-            if usage.prompt_tokens:  # else the engine had no room for it
-                if usage.cached_tokens < warmed.prompt_tokens / 2:
-                    return  # what was warmed before is gone: it does not pay
-                words, warmed = now, usage
+            await news.wait()
 
     async def _certain(self, call: Call) -> tuple[Message, ...]:
         """The beginning of the prompt of `call` as far as it is known; nothing where there is none to rely on."""
-        drafts = self._journal.drafts.of(call.inputs)
+        drafts = [draft for name in call.inputs if not (draft := self._journal.drafts[name]).lost]
         prompt = self._plan.prompt(call, [draft.text for draft in drafts])
         engine = self._engines[self._plan.graph.engine_of(call.agent)]
         _, trimmed = await context.fit(prompt, engine, await engine.info(), self._plan.sampling(call).max_tokens)

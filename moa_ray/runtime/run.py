@@ -10,16 +10,18 @@ from math import isinf
 from moa_ray.engines.protocol import Engine, FinishReason
 from moa_ray.errors import DeadlineExceeded, MoARayError
 from moa_ray.graph import Call
+from moa_ray.graph.prompts import Prompt
 from moa_ray.graph.spec import VoteAggregator
 from moa_ray.runtime import choose
-from moa_ray.runtime.attempts import Caller
+from moa_ray.runtime.attempts import WHOLE, Caller, Stage
 from moa_ray.runtime.events import LayerStarted, RunFinished, RunStarted
 from moa_ray.runtime.health import Health
-from moa_ray.runtime.joins import Joins, Outcome
+from moa_ray.runtime.joins import Inputs, Joins, Outcome
 from moa_ray.runtime.journal import Journal
 from moa_ray.runtime.modes import Modes
 from moa_ray.runtime.overlap import Overlap
 from moa_ray.runtime.plan import Plan
+from moa_ray.runtime.staircase import Staircase
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Run:
         self._joins = Joins(plan, self.journal.clock)
         self._modes = Modes(plan, self.journal, engines)
         self._overlap = Overlap(plan, self.journal, engines)
+        self._staircase = Staircase(plan, self.journal, self._overlap, self._ask)
         self._layers_begun: set[int] = set()
 
     async def execute(self) -> None:
@@ -81,47 +84,46 @@ class Run:
                 joins.calls[call.id] = group.create_task(self._call(call))
             finals = plan.graph.finals if plan.calls else ()
             joins.open(group, finals)
-            proposals = await (self._inputs(plan.answer) if plan.answer else joins.answers(finals))
-            if isinstance(proposals, MoARayError):
-                result: _Answer | MoARayError = proposals
-            else:
-                result = await self._aggregate(proposals)
+            result = await self._aggregate(finals)
             joins.cancel()  # stragglers that nobody waits for
         return result
 
     async def _call(self, call: Call) -> Outcome:
-        inputs = await self._inputs(call)
-        if isinstance(inputs, MoARayError):
-            return Outcome(call, error=inputs)
-        return await self._ask(call, inputs)
+        """One call, in the best mode that it can have."""
+        mode, inputs = await self._modes.of(call), self._joins.answers(call.inputs)
+        if mode == "staircase":
+            return await self._staircase.climb(call, inputs)
+        if mode == "overlap":
+            async with self._overlap.ahead(call):
+                proposals = await inputs
+        else:
+            proposals = await inputs
+        if isinstance(proposals, MoARayError):
+            return Outcome(call, error=proposals)
+        return await self._ask(call, self._plan.prompt(call, [outcome.text for outcome in proposals]))
 
-    async def _inputs(self, call: Call) -> list[Outcome] | MoARayError:
-        """The answers that `call` builds on; its prompt is warmed meanwhile, where that is wanted."""
-        if await self._modes.of(call) == "barrier":
-            return await self._joins.answers(call.inputs)
-        async with self._overlap.ahead(call):
-            return await self._joins.answers(call.inputs)
-
-    async def _ask(self, call: Call, inputs: list[Outcome]) -> Outcome:
+    async def _ask(self, call: Call, prompt: Prompt, stage: Stage = WHOLE) -> Outcome:
         if call.layer not in self._layers_begun:
             self._layers_begun.add(call.layer)
             agents = self._plan.graph.agents_of_layer(call.layer)
             self.journal.emit(LayerStarted(self.journal.run, self.journal.now, call.layer, agents))
-        prompt = self._plan.prompt(call, [outcome.text for outcome in inputs])
-        return await self._caller.ask(call, prompt)
+        return await self._caller.ask(call, prompt, stage)
 
-    async def _aggregate(self, proposals: list[Outcome]) -> _Answer | MoARayError:
-        texts = [outcome.text for outcome in proposals]
+    async def _aggregate(self, finals: Inputs) -> _Answer | MoARayError:
         aggregator, call = self._plan.graph.spec.aggregator, self._plan.answer
-        if isinstance(aggregator, VoteAggregator) and self._plan.calls:
-            return self._take(proposals, *choose.vote(texts, aggregator.vote))
-        assert call is not None
-        outcome = await self._ask(call, proposals)
-        if outcome.error is not None:
+        outcome = await self._call(call) if call is not None else None
+        if outcome is not None and outcome.error is not None:
             return outcome.error
-        if self._plan.ranks(call):
+        if outcome is not None and self._plan.answers(outcome.call):
+            return _Answer(outcome.text, outcome.call.id, outcome.finish_reason)
+        proposals = await self._joins.answers(finals)
+        if isinstance(proposals, MoARayError):
+            return proposals
+        texts = [proposal.text for proposal in proposals]
+        if outcome is not None:
             return self._take(proposals, *choose.picked(outcome.text, len(texts)))
-        return _Answer(outcome.text, call.id, outcome.finish_reason)
+        assert isinstance(aggregator, VoteAggregator)
+        return self._take(proposals, *choose.vote(texts, aggregator.vote))
 
     def _take(self, proposals: list[Outcome], index: int, note: str) -> _Answer:
         chosen = proposals[index]

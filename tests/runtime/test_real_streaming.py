@@ -3,57 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
-from moa_ray.engines import catalogue
+from moa_ray.engines import Engine, catalogue
 from moa_ray.engines.llamacpp import LlamaCpp, LlamaCppOptions
 from moa_ray.graph import from_dict
-from moa_ray.runtime import AgentWarmed, Runner, RunOptions, RunResult
-
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+from moa_ray.runtime import AgentWarmed, AnswerDelta, Runner, RunResult
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def llama() -> AsyncGenerator[LlamaCpp, None]:
-    path = catalogue.resolve("smollm2-135m-instruct")
-    engine = await LlamaCpp.create(str(path), LlamaCppOptions(context_window=1024, slots=3), num_cpus=1)
-    yield engine
-    await engine.close()
+@asynccontextmanager
+async def _fresh() -> AsyncGenerator[dict[str, Engine], None]:
+    """Engines that have seen nothing yet. One slot each, since what else is in a batch may change a text."""
+    async with AsyncExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        for name in ("panel", "chief"):
+            path = catalogue.resolve("smollm2-135m-instruct")
+            engine = await LlamaCpp.create(str(path), LlamaCppOptions(context_window=1024, slots=1), num_cpus=1)
+            stack.push_async_callback(engine.close)
+            engines[name] = engine
+        yield engines
 
 
-def _graph(prompt: str) -> Any:
-    return from_dict(
+async def _run(engines: dict[str, Engine], prompt: str, *, last: int = 40, **policy: Any) -> RunResult:
+    greedy = {"temperature": 0, "max_tokens": 40}
+    graph = from_dict(
         {
             "version": 1,
             "name": "panel",
-            "engines": {"smol": {"kind": "llamacpp", "model": "m"}},
+            "engines": {name: {"kind": "llamacpp", "model": "m"} for name in engines},
             "agents": {
-                "a": {"engine": "smol", "max_tokens": 40, "temperature": 0},
-                "b": {"engine": "smol", "max_tokens": 40, "temperature": 0},
-                "chief": {"engine": "smol", "max_tokens": 24, "temperature": 0},
+                "a": {"engine": "panel", "system": "You are a poet.", **greedy},
+                "b": {"engine": "panel", "system": "You are a physicist.", **greedy, "max_tokens": last},
+                "chief": {"engine": "chief", "temperature": 0, "max_tokens": 24},
             },
             "layers": [["a", "b"]],
             "aggregator": "chief",
             "prompt": prompt,
+            "policy": policy,
         }
     )
-
-
-async def _run(llama: LlamaCpp, prompt: str, **policy: Any) -> RunResult:
-    runner = Runner(_graph(prompt), {"smol": llama})
-    return await runner.run(f"Why is the sky blue? Say it {prompt}.", RunOptions(policy=policy))
+    return await Runner(graph, engines).run("Why is the sky blue?")
 
 
 @pytest.mark.parametrize("prompt", ["stable", "woven"])
-async def test_greedy_answers_of_overlap_are_those_of_barrier_and_begin_in_the_cache(
-    llama: LlamaCpp, prompt: str
-) -> None:
-    overlap = await _run(llama, prompt, streaming="overlap")
-    barrier = await _run(llama, prompt)
+async def test_greedy_texts_of_overlap_are_those_of_barrier_and_the_answer_begins_in_the_cache(prompt: str) -> None:
+    async with _fresh() as engines:
+        overlap = await _run(engines, prompt, streaming="overlap")
+    async with _fresh() as engines:
+        barrier = await _run(engines, prompt)
     assert [record.text for record in overlap.agents] == [record.text for record in barrier.agents]
-    assert overlap.text == barrier.text
+    assert overlap.text == barrier.text and overlap.text
     assert any(isinstance(event, AgentWarmed) for event in overlap.trace)
-    assert overlap.agents[-1].usage.cached_tokens > overlap.agents[-1].usage.prompt_tokens * 0.5
+    cached = [result.agents[-1].usage.cached_tokens for result in (overlap, barrier)]
+    assert cached[0] > overlap.agents[-1].usage.prompt_tokens * 0.5 and cached[1] == 0
+
+
+async def test_a_staircase_begins_before_the_proposals_end_and_ends_properly() -> None:
+    async with _fresh() as engines:
+        result = await _run(engines, "stable", last=300, streaming="staircase", chunk_tokens=8)
+    names = [event.name for event in result.trace if getattr(event, "call", "1/b") == "1/b"]
+    assert names.index("answer.delta") < names.index("agent.finished")
+    answer = result.agents[-1]
+    assert answer.stages > 1 and answer.state == "finished"
+    assert answer.usage.completion_tokens == 24 and result.text.strip()
+    assert answer.text == "".join(event.text for event in result.trace if isinstance(event, AnswerDelta))
