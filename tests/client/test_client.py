@@ -160,7 +160,7 @@ async def test_a_refused_request_is_not_tried_again_and_a_failed_one_is(client: 
 @BOTH
 async def test_a_failure_in_mid_stream_is_raised_after_what_came_and_not_tried_again(client: type[Either]) -> None:
     faults = [{"agent": "chief", "after_tokens": 2, "kind": "unavailable"}]
-    with serving(1, replies={"chief": "one two three"}, itl_s=0.05, faults=faults) as served:
+    with serving(1, replies={"chief": "one two three"}, itl_s=0.05, faults=faults, continues=False) as served:
         text = ""
         with pytest.raises(MoARayError, match="scripted fault"):
             async for event in client(f"{served.url}/v1", retries=3).stream("why?"):

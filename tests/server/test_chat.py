@@ -174,7 +174,7 @@ def test_a_failure_before_the_first_token_has_its_own_status() -> None:
 
 def test_a_failure_in_mid_stream_is_an_error_event_and_no_end() -> None:
     faults = [{"agent": "chief", "after_tokens": 2}]
-    with serving(2, replies={"chief": "one two three"}, itl_s=0.05, faults=faults) as served:
+    with serving(2, replies={"chief": "one two three"}, itl_s=0.05, faults=faults, continues=False) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
         stream = client.chat.completions.create(model="panel", messages=WHY, stream=True)
         text = ""
