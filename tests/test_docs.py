@@ -13,10 +13,12 @@ from moa_ray.engines import registry
 from moa_ray.engines.protocol import EngineRequest
 from moa_ray.graph import Graph, load, loads
 from tests.commands import ROOT, moa_ray
-from tests.conftest import EXAMPLES
+from tests.conftest import EXAMPLES, HTTP_PORT
 
 README = ROOT / "README.md"
 ENGINES = ROOT / "docs" / "engines.md"
+SERVING = ROOT / "docs" / "serving.md"
+OPERATING = {"serve", "deploy", "status", "scale", "delete"}
 CALLS = {"quickstart": 4, "four_by_three": 13, "together": 13, "self_moa": 5, "dag": 5}
 
 
@@ -60,16 +62,41 @@ def test_the_yaml_of_the_readme_and_of_docs_is_valid() -> None:
             registry.check(loads(text, file=path.name))
 
 
+def commands(path: Path) -> list[list[str]]:
+    """The words behind every `$ moa-ray` of a page."""
+    lines = [line for text in snippets(path, "console") for line in text.splitlines() if "$ moa-ray" in line]
+    asked = (re.split(r" +#| > ", line.partition("$ moa-ray ")[2])[0] for line in lines)
+    return [shlex.split(command.replace("…", "Why is the sky blue?")) for command in asked]
+
+
 @pytest.mark.xdist_group("ray")
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     (tmp_path / "panel.yaml").write_text(snippets(README, "yaml")[0])
-    lines = [line for text in snippets(README, "console") for line in text.splitlines() if "$ moa-ray" in line]
-    assert len(lines) >= 7
-    for line in lines:
-        command = re.split(r" +#| > ", line.partition("$ moa-ray ")[2])[0].replace("…", "Why is the sky blue?")
-        done = moa_ray(*shlex.split(command), cwd=tmp_path, stdin="And why is grass green?\n")
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    found = [words for words in commands(README) if words[0] not in OPERATING]
+    assert len(found) >= 7
+    for words in found:
+        done = moa_ray(*words, cwd=tmp_path, stdin="And why is grass green?\n")
+        assert done.returncode == 0, f"{words}\n{done.stderr}"
         assert done.stdout.strip()
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("page", [README, SERVING], ids=lambda path: path.stem)
+def test_the_commands_of_operators_run_in_their_order(page: Path, tmp_path: Path) -> None:
+    import ray
+
+    where = ("--address", str(ray.get_runtime_context().gcs_address))
+    for name in ("panel", "other"):
+        script = snippets(ENGINES, "yaml")[1].replace("rehearsal", name).replace("script:", "smol:")
+        (tmp_path / f"{name}.yaml").write_text(script.replace("engine: script", "engine: smol"))
+    found = [words for words in commands(page) if words[0] in OPERATING]
+    assert {words[0] for words in found} == OPERATING
+    for words in found:
+        port = ("--port", str(HTTP_PORT)) if words[0] == "deploy" else ()
+        if words[0] != "serve":  # tests/cli/test_serving.py has it, in the foreground, with its curl line
+            done = moa_ray(*words, *where, *port, cwd=tmp_path)
+            assert done.returncode == 0 and done.stdout.strip(), f"{words}\n{done.stderr}"
 
 
 @pytest.mark.xdist_group("ray")

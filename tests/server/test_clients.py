@@ -16,9 +16,8 @@ import pytest
 
 from tests.commands import ROOT
 from tests.server.local import Served, serving
-from tests.test_docs import snippets
+from tests.test_docs import SERVING, snippets
 
-DOCS = ROOT / "docs" / "serving.md"
 CLIENTS = ROOT / ".venv-clients" / "bin"
 ANSWER = "Air scatters blue light."
 
@@ -37,7 +36,7 @@ def _run(python: Path, code: str, **environment: str) -> str:
 
 
 def _snippet(importing: str, url: str, language: str = "python") -> str:
-    (text,) = [text for text in snippets(DOCS, language) if importing in text]
+    (text,) = [text for text in snippets(SERVING, language) if importing in text]
     return text.replace("http://127.0.0.1:8000", url)
 
 
