@@ -100,11 +100,16 @@ def run(
     prompt: Annotated[str, typer.Argument(help="The question; `-` reads it from stdin.", show_default=False)],
     address: Address = None,
     as_json: AsJson = False,
+    timeline: Annotated[bool, typer.Option("--timeline", help="Show what each call did when.")] = False,
+    svg: Annotated[
+        Path | None, typer.Option("--timeline-svg", help="Write the timeline to this file.", show_default=False)
+    ] = None,
 ) -> None:
     """Answer one PROMPT: each agent's text as it comes, the answer, and a table of what it took."""
     from moa_ray.cli import session
 
-    session.run(_checked(spec), sys.stdin.read() if prompt == "-" else prompt, address=address, as_json=as_json)
+    asked = sys.stdin.read() if prompt == "-" else prompt
+    session.run(_checked(spec), asked, address=address, as_json=as_json, timeline=timeline, svg=svg)
 
 
 @app.command()

@@ -6,30 +6,63 @@ import json
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.prompt import Prompt
 from rich.status import Status
 
-from moa_ray.cli import models
+from moa_ray.cli import gantt, models
 from moa_ray.cli.view import DRAFTS_EVERY_S, View
 from moa_ray.cluster import MoA
 from moa_ray.engines.catalogue import CATALOGUE
-from moa_ray.errors import MoARayError, ModelNotFound
+from moa_ray.errors import MoARayError, ModelNotFound, RequestError
 from moa_ray.graph import Graph, Message, conversation
-from moa_ray.runtime import RunFinished, RunOptions, to_json
+from moa_ray.runtime import RunFinished, RunOptions, Timeline, to_json
 
 
-def run(graph: Graph, prompt: str, *, address: str | None, as_json: bool) -> None:
-    """Answer one question on stdout; progress, drafts and the table go to stderr."""
+def run(
+    graph: Graph, prompt: str, *, address: str | None, as_json: bool, timeline: bool = False, svg: Path | None = None
+) -> None:
+    """Answer one question on stdout; progress, drafts, the table and the timeline go to stderr.
+
+    Args:
+        graph: Whom to ask.
+        prompt: What.
+        address: The cluster.
+        as_json: Events in place of all else.
+        timeline: Show in the end what each call did when.
+        svg: Write that to this file as a picture.
+    """
     messages = conversation(prompt)  # a bad prompt is told before anything starts
+    if svg is not None:
+        write(svg, "")  # and so is a file that cannot be written
+    lines = Timeline()
     with _up(graph, address) as moa:
         if as_json:
             for event in moa.events(messages, RunOptions(draft_flush_s=DRAFTS_EVERY_S)):
+                lines.add(event)
                 print(json.dumps(to_json(event), ensure_ascii=False), flush=True)
         else:
-            _show(moa, messages)
+            _show(moa, messages, lines)
+    if timeline:
+        console = Console(stderr=True, highlight=False)
+        console.print(gantt.terminal(lines, console.width))
+    if svg is not None:
+        write(svg, gantt.svg(lines, graph.spec.name))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that the user named.
+
+    Raises:
+        RequestError: If it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def chat(graph: Graph, *, address: str | None) -> None:
@@ -59,12 +92,14 @@ def _question() -> str | None:
         return None
 
 
-def _show(moa: MoA, messages: Iterable[Message]) -> str:
+def _show(moa: MoA, messages: Iterable[Message], timeline: Timeline | None = None) -> str:
     text = ""
     options = RunOptions(draft_flush_s=DRAFTS_EVERY_S)
     with View(moa.graph) as view:
         for event in moa.events(messages, options):
             view.add(event)
+            if timeline is not None:
+                timeline.add(event)
             if isinstance(event, RunFinished):
                 text = event.text
     return text

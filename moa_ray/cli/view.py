@@ -26,6 +26,7 @@ from moa_ray.runtime import (
     CallRecord,
     Event,
     Ledger,
+    Notice,
     RunFinished,
 )
 
@@ -62,6 +63,8 @@ class View:
         """Show one event."""
         self._ledger.add(event)
         match event:
+            case Notice():
+                self._err.print(Text(event.text, style="yellow"))
             case AgentStarted():
                 if not (event.continued or event.hedge):
                     self._drafts[event.call] = ""

@@ -25,6 +25,7 @@ from moa_ray.runtime.ledger import CallRecord, Ledger, RunResult
 from moa_ray.runtime.meter import EngineLoad, Meter
 from moa_ray.runtime.plan import RunOptions
 from moa_ray.runtime.runner import Runner
+from moa_ray.runtime.timeline import Timeline
 
 __all__ = [
     "AgentCancelled",
@@ -48,5 +49,6 @@ __all__ = [
     "RunResult",
     "RunStarted",
     "Runner",
+    "Timeline",
     "to_json",
 ]

@@ -39,6 +39,19 @@ def test_json_prints_events_and_nothing_else(spec: Path) -> None:
     assert events[-1]["text"] == "chief says so."
 
 
+def test_a_timeline_is_shown_and_drawn(spec: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "run.svg"
+    done = moa_ray("run", str(spec), "why?", "--timeline", "--timeline-svg", str(picture))
+    assert (done.returncode, done.stdout) == (0, "chief says so.\n")
+    assert "first token" in done.stderr and "prefill" in done.stderr
+    assert picture.read_text().startswith("<svg")
+
+
+def test_a_timeline_that_cannot_be_written_is_told_before_anything_starts(spec: Path, tmp_path: Path) -> None:
+    done = moa_ray("run", str(spec), "why?", "--timeline-svg", str(tmp_path / "no" / "run.svg"))
+    assert done.returncode == 2 and "cannot be written" in done.stderr and done.stdout == ""
+
+
 def test_a_failed_run_ends_with_its_reason_and_exit_1(spec: Path) -> None:
     spec.write_text(SPEC.replace("model: m", "model: m, faults: [{kind: refused}]"))
     done = moa_ray("run", str(spec), "why?", "--json")
