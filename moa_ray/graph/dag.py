@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 
+from moa_ray.graph import agreement
 from moa_ray.graph.source import Path, Problem, Source, did_you_mean
 from moa_ray.graph.spec import Agent, EngineSpec, GraphSpec, Node, Rank, RankAggregator, VoteAggregator
 
@@ -266,6 +267,9 @@ def _policy(spec: GraphSpec, calls: tuple[Call, ...], finals: tuple[str, ...]) -
     if policy.quorum > smallest:
         where = "the smallest layer has" if spec.layers else "the aggregator sees"
         yield Problem(("policy", "quorum"), f"{policy.quorum} answers can never be had: {where} {smallest}")
+    if policy.early_exit is not None and policy.early_exit.measure not in agreement.names():
+        path: Path = ("policy", "early_exit", "measure")
+        yield _dangling(path, "measure of agreement", policy.early_exit.measure, agreement.names())
     yield from _times(spec)
     engines = [*spec.engines.values(), *(a.engine for a in spec.agents.values() if isinstance(a.engine, EngineSpec))]
     if policy.hedge and all(engine.most_replicas < 2 for engine in engines):

@@ -160,6 +160,17 @@ class Hedge(_Strict):
     """Most calls that may be asked twice, as a share of all."""
 
 
+class EarlyExit(_Strict):
+    """When proposals agree, nobody else needs to be asked."""
+
+    measure: str = "exact"
+    """How their agreement is measured: `exact`, `words`, or what a plug-in brings."""
+    threshold: float = Field(1.0, gt=0, le=1)
+    """The agreement, from 0 to 1, that is enough."""
+    proposals: int = Field(2, ge=2)
+    """Fewest proposals that must be there."""
+
+
 class Policy(_Strict):
     """What a request may cost and what it survives."""
 
@@ -184,6 +195,9 @@ class Policy(_Strict):
     patience: float = Field(0.0, ge=0, le=1)
     """`staircase`: how much of each proposal must be there before the answer begins, as a share of the most that it
     may become: 0 is eager, a chunk is enough; 1 is patient, the answer waits for the proposals' end."""
+    early_exit: EarlyExit | None = None
+    """`{measure: exact, threshold: 1, proposals: 2}`: once proposals agree, the rest of their layer is cut off, and
+    layers of proposers to come are skipped; not given: never."""
 
 
 class Limits(_Strict):

@@ -158,6 +158,14 @@ class AgentFailed(AgentEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class AgentSkipped(AgentEvent):
+    """The call is not made: what it builds on agrees already, and the answer of call `source` stands for its own."""
+
+    name = "agent.skipped"
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class AgentCancelled(AgentEvent):
     """The call was cut off because nobody needs it any more; `usage` is what was seen of it until then."""
 

@@ -12,7 +12,7 @@ from math import inf, isinf
 
 from moa_ray.engines.protocol import FinishReason
 from moa_ray.errors import MoARayError, QuorumNotMet
-from moa_ray.graph import Call
+from moa_ray.graph import Call, agreement
 from moa_ray.runtime.plan import Plan
 
 Inputs = tuple[str, ...]
@@ -39,10 +39,12 @@ class Joins:
 
     Attributes:
         calls: The task of each call; to be filled in topological order.
+        agreed: Joins whose answers say the same, where the policy cares.
     """
 
     def __init__(self, plan: Plan, clock: Callable[[], float]) -> None:
         self.calls: dict[str, asyncio.Task[Outcome]] = {}
+        self.agreed: set[Inputs] = set()
         self._policy = plan.policy
         self._agents = {call.id: plan.graph.spec.agents[call.agent] for call in plan.calls}
         self._clock = clock
@@ -87,11 +89,23 @@ class Joins:
             outcomes = {name: task.result() for name, task in tasks.items() if task.done()}
             if any(outcomes[name].error for name in self._required(inputs) & outcomes.keys()):
                 due = dict.fromkeys(tasks, self._clock())  # nothing that the others say can help
+            elif await self._agree([outcome for outcome in outcomes.values() if not outcome.error], inputs):
+                due = dict.fromkeys(tasks, self._clock())
             elif not due and self._done({name for name, outcome in outcomes.items() if not outcome.error}, inputs):
                 due = {name: self._clock() + self._patience_s(name) for name in tasks}
             for name in [name for name in tasks if name not in outcomes and due.get(name, inf) <= self._clock()]:
                 self._release(tasks.pop(name), name, inputs)
         return [task.result() for task in tasks.values()]
+
+    async def _agree(self, answers: list[Outcome], inputs: Inputs) -> bool:
+        """Whether the answers so far say the same, and suffice, so that the policy wants no more of them."""
+        early, enough = self._policy.early_exit, self._done({outcome.call.id for outcome in answers}, inputs)
+        if early is None or not enough or len(answers) < early.proposals or inputs in self.agreed:
+            return inputs in self.agreed
+        measure = agreement.measure(early.measure)
+        if await asyncio.to_thread(measure, [outcome.text for outcome in answers]) >= early.threshold:
+            self.agreed.add(inputs)
+        return inputs in self.agreed
 
     def _required(self, inputs: Inputs) -> set[str]:
         return {name for name in inputs if self._agents[name].required}

@@ -14,7 +14,7 @@ from moa_ray.graph.prompts import Prompt
 from moa_ray.graph.spec import VoteAggregator
 from moa_ray.runtime import choose
 from moa_ray.runtime.attempts import WHOLE, Caller, Stage
-from moa_ray.runtime.events import LayerStarted, RunFinished, RunStarted
+from moa_ray.runtime.events import AgentSkipped, LayerStarted, RunFinished, RunStarted
 from moa_ray.runtime.health import Health
 from moa_ray.runtime.joins import Inputs, Joins, Outcome
 from moa_ray.runtime.journal import Journal
@@ -100,7 +100,18 @@ class Run:
             proposals = await inputs
         if isinstance(proposals, MoARayError):
             return Outcome(call, error=proposals)
+        if call.inputs in self._joins.agreed and call is not self._plan.answer:
+            return self._skipped(call, proposals)
         return await self._ask(call, self._plan.prompt(call, [outcome.text for outcome in proposals]))
+
+    def _skipped(self, call: Call, agreeing: list[Outcome]) -> Outcome:
+        """One of the answers that agree, in place of a call; another one for each call of the layer."""
+        siblings = [other.id for other in self._plan.calls if other.inputs == call.inputs]
+        stands_in = agreeing[siblings.index(call.id) % len(agreeing)]
+        engine = self._plan.graph.engine_of(call.agent)
+        head = (self.journal.run, self.journal.now, call.id, call.agent, engine, call.layer, 1)
+        self.journal.emit(AgentSkipped(*head, stands_in.call.id))
+        return replace(stands_in, call=call)
 
     async def _ask(self, call: Call, prompt: Prompt, stage: Stage = WHOLE) -> Outcome:
         if call.layer not in self._layers_begun:
