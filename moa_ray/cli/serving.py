@@ -150,10 +150,13 @@ def _until_told_to_stop() -> None:
 
 # ---------------------------------------------------------------- looking and scaling
 
+_ROOMY = 110
+"""Columns of a terminal that has room for the models' names."""
+
 
 def status(app: str | None, *, address: str | None, as_json: bool) -> None:
     """Print how the applications are."""
-    with Session(address or "auto"):
+    with Session(address or "auto", start_serve=False):
         found = operate.status(app)
     if as_json:
         typer.echo(json.dumps([_json(each) for each in found], ensure_ascii=False))
@@ -161,7 +164,8 @@ def status(app: str | None, *, address: str | None, as_json: bool) -> None:
     if not found:
         typer.echo("nothing of moa-ray runs on this cluster")
     for each in found:
-        Console(highlight=False).print(_table(each))
+        console = Console(highlight=False)
+        console.print(_table(each, with_models=console.width >= _ROOMY))
         if each.message:
             typer.echo(each.message.strip())
 
@@ -196,25 +200,26 @@ def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)
 
 
-def _table(app: AppStatus) -> Table:
+def _table(app: AppStatus, *, with_models: bool) -> Table:
     where = f" at {app.route_prefix}" if app.route_prefix else ""
     title = f"{app.app}: {app.state.lower()}{where}; calls of the last minute"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("engine", overflow="fold")
-    table.add_column("model", overflow="fold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("engine", no_wrap=True)
+    if with_models:
+        table.add_column("model", overflow="fold")
     for name in ("up", "GPUs", "calls", "queued", "failed", "per s", "p50 s", "p95 s"):
         table.add_column(name, justify="right", no_wrap=True)
     for engine in app.engines:
-        table.add_row(*_row(engine))
+        table.add_row(*_row(engine, with_model=with_models))
     return table
 
 
-def _row(engine: EngineStatus) -> list[str]:
+def _row(engine: EngineStatus, *, with_model: bool) -> list[str]:
     load = engine.load
     up = f"{engine.alive}/{engine.wanted}"
     return [
         f"{engine.graph}/{engine.engine}",
-        engine.model,
+        *([engine.model] if with_model else []),
         f"[red]{up}[/]" if engine.alive < engine.wanted else up,
         f"{engine.gpus:g}",
         str(load.ongoing),
@@ -228,7 +233,7 @@ def _row(engine: EngineStatus) -> list[str]:
 def scale(app: str, wanted: Sequence[str], *, address: str | None) -> None:
     """Change numbers of replicas."""
     replicas = dict(map(_wanted, wanted))
-    with Session(address or "auto"):
+    with Session(address or "auto", start_serve=False):
         operate.scale(app, replicas)
     typer.echo(f"{app}: {', '.join(wanted)}")
 
@@ -249,6 +254,6 @@ def _wanted(text: str) -> tuple[str, int | Autoscaling]:
 
 def delete(app: str, *, address: str | None) -> None:
     """Take an application down."""
-    with Session(address or "auto"):
+    with Session(address or "auto", start_serve=False):
         operate.delete(app)
     typer.echo(f"{app} is gone")

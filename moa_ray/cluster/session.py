@@ -62,6 +62,7 @@ class Session:
         address: `host:port` of a running cluster's GCS, `auto` for the one on this machine, or None: the
             environment variable `RAY_ADDRESS`, and where that is not set, a local cluster of our own.
         listen: Where HTTP is to be answered; None for handles alone.
+        start_serve: Whether Serve is started where it does not run yet.
 
     Attributes:
         owned: Whether this session started the cluster, and so will stop it.
@@ -71,7 +72,7 @@ class Session:
             where it is wanted.
     """
 
-    def __init__(self, address: str | None = None, listen: Listen | None = None) -> None:
+    def __init__(self, address: str | None = None, listen: Listen | None = None, *, start_serve: bool = True) -> None:
         _quiet()
         self._joined_before = ray.is_initialized()
         wanted = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -81,8 +82,9 @@ class Session:
         if not self._joined_before:
             _init(wanted)
         try:
-            self._serve_was_there = _serve_runs()
-            _start_serve(listen)
+            self._serve_was_there = _serve_runs() or not start_serve
+            if start_serve:
+                _start_serve(listen)
         except BaseException:
             self.close()
             raise
@@ -131,11 +133,12 @@ def _start_serve(listen: Listen | None) -> None:
 
 
 def serve_details() -> dict[str, Any]:
-    """Serve's own account of itself."""
+    """Serve's own account of itself; no applications where it does not run."""
     # Serve's public status does not tell a replica that waits for a node from one that loads its model.
     from ray.serve.context import _get_global_client
 
-    details: dict[str, Any] = _get_global_client().get_serve_details()
+    client = _get_global_client(raise_if_no_controller_running=False)
+    details: dict[str, Any] = client.get_serve_details() if client else {"applications": {}}
     return details
 
 
