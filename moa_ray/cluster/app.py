@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from math import isinf
 from typing import Any
 
 from pydantic import BaseModel, SecretStr
@@ -27,7 +28,7 @@ from moa_ray.cluster.gateway import Gateway, Http
 from moa_ray.engines import registry
 from moa_ray.graph import EngineSpec, Graph, Message, Resources, from_dict
 from moa_ray.graph.spec import Autoscaling
-from moa_ray.runtime import EngineLoad, Event, Meter, Runner, RunOptions
+from moa_ray.runtime import EngineLoad, Event, Meter, RunFinished, Runner, RunOptions
 
 GATEWAY = "gateway"
 _UNBOUNDED = 100_000
@@ -70,15 +71,18 @@ class Router:
         self._runner = Runner(graph, self._engines)
 
     async def stream(self, messages: list[Message], options: RunOptions) -> AsyncGenerator[list[Event], None]:
-        """Run one request; what happens at the same time travels in one message."""
+        """Run one request; what happens at the same time travels in one message, or all of it, if nobody looks."""
         run = ""
+        held: list[Event] = []
         try:
             async with aclosing(self._runner.batches(messages, options)) as batches:
                 async for batch in batches:
                     for event in batch:
                         self._meter.add(event)
-                    run = batch[0].run
-                    yield batch
+                    run, held = batch[0].run, held + batch
+                    if not isinf(options.answer_flush_s) or isinstance(batch[-1], RunFinished):
+                        yield held
+                        held = []
         finally:
             self._meter.end(run)
 

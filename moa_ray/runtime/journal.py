@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from math import isinf
 from typing import Any
 from uuid import uuid4
 
@@ -12,14 +11,15 @@ from moa_ray.runtime.drafts import Drafts
 from moa_ray.runtime.events import AgentDelta, AnswerDelta, Event
 from moa_ray.runtime.ledger import Ledger
 
+_GATHER_S = 0.01
+"""Events that nobody waits for are held back so long, to cross an actor boundary in fewer messages."""
+
 
 class Journal:
     """The events of one run, from those who tell them to the one who reads them.
 
     Args:
         deltas: Whether the reader wants the pieces of proposals.
-        gather_s: The longest time that events may be held back, to cross an actor boundary in fewer messages; inf:
-            to the end. Text of the answer is not held back, unless for ever.
 
     Attributes:
         run: The run's id.
@@ -29,12 +29,11 @@ class Journal:
         answer_ttft_s: Seconds to the first of them; None while there is none.
     """
 
-    def __init__(self, *, deltas: bool, gather_s: float) -> None:
+    def __init__(self, *, deltas: bool) -> None:
         self.run = f"run-{uuid4().hex[:12]}"
         self.ledger = Ledger()
         self.drafts = Drafts()
         self._deltas = deltas
-        self._gather_s = gather_s
         self.answer: list[str] = []
         self.answer_ttft_s: float | None = None
         self.clock = asyncio.get_running_loop().time
@@ -55,7 +54,7 @@ class Journal:
             return
         self._events.append(event)
         self._something.set()
-        if isinstance(event, AnswerDelta) and not isinf(self._gather_s):
+        if isinstance(event, AnswerDelta):
             self._urgent.set()
 
     def emit_answer(self, text: str, tool_calls: tuple[dict[str, Any], ...] = ()) -> None:
@@ -70,7 +69,7 @@ class Journal:
         await self._something.wait()
         if not self._urgent.is_set():
             with suppress(TimeoutError):
-                async with asyncio.timeout(None if isinf(self._gather_s) else self._gather_s):
+                async with asyncio.timeout(_GATHER_S):
                     await self._urgent.wait()
         events, self._events = self._events, []
         if not self._ended:

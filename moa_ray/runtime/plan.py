@@ -25,9 +25,7 @@ class RunOptions:
 
     Args:
         draft_flush_s: The longest time that text of a proposal may be held back; inf sends no deltas.
-        answer_flush_s: The same for the answer.
-        gather_s: The longest time that other events may be held back; inf gives all of them, the answer too, at the
-            end.
+        answer_flush_s: The same for the answer; inf says that nothing is looked at before the end.
         agent: Ask this agent alone, in place of the whole graph.
         sampling: What the answer is to be sampled with; None leaves a value to the agent. A seed makes every call
             of the run reproducible.
@@ -38,7 +36,6 @@ class RunOptions:
 
     draft_flush_s: float = inf
     answer_flush_s: float = 0.02
-    gather_s: float = 0.01
     agent: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -46,7 +46,7 @@ class Run:
     """
 
     def __init__(self, plan: Plan, engines: Mapping[str, Engine], health: Health) -> None:
-        self.journal = Journal(deltas=not isinf(plan.options.draft_flush_s), gather_s=plan.options.gather_s)
+        self.journal = Journal(deltas=not isinf(plan.options.draft_flush_s))
         self._plan = plan
         self._deadline = self.journal.clock() + plan.policy.deadline_s
         self._caller = Caller(plan, self.journal, engines, health, self._deadline)

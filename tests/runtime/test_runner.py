@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from math import inf
 from typing import Any
 
 import pytest
@@ -448,12 +447,3 @@ async def test_the_result_of_a_tool_is_answered_with_text() -> None:
         {"role": "tool", "content": "because", "tool_call_id": "c"},
     ]
     assert (await run.run(messages, RunOptions(extra=TOOLS))).text == "chief: done"
-
-
-async def test_a_reader_that_wants_nothing_before_the_end_gets_one_list_of_all_events() -> None:
-    runner, _ = panel(2, 2, itl_s=0.001)
-    batches = [batch async for batch in runner.batches("why?", RunOptions(gather_s=inf))]
-    assert len(batches) == 1
-    assert [type(event) for event in (batches[0][0], batches[0][-1])] == [RunStarted, RunFinished]
-    live = [batch async for batch in runner.batches("why?", RunOptions(gather_s=0))]
-    assert len(live) > 5
