@@ -43,6 +43,7 @@ from moa_ray.moe.layer import MoE, MoEAux
 from moa_ray.moe.model import LanguageModel
 
 if TYPE_CHECKING:
+    from moa_ray.moe.remote.hf import shard_experts
     from moa_ray.moe.remote.peers import Patience
     from moa_ray.moe.remote.pool import ExpertPool
     from moa_ray.moe.remote.snapshot import Fresh, Snapshots
@@ -52,6 +53,7 @@ _HOMES = {
     "Fresh": "moa_ray.moe.remote.snapshot",
     "Patience": "moa_ray.moe.remote.peers",
     "Snapshots": "moa_ray.moe.remote.snapshot",
+    "shard_experts": "moa_ray.moe.remote.hf",
 }
 
 __all__ = [
@@ -84,6 +86,7 @@ __all__ = [
     "StalePool",
     "StrictlyBalanced",
     "TrainingError",
+    "shard_experts",
 ]
 
 

@@ -6,7 +6,7 @@ Shape suffixes: see `grouped.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +95,7 @@ class MoE(nn.Module):
         self._check_input(x)
         x_TD = x.reshape(-1, self.d_model)
         chosen: Routing = self.gate(x_TD)
-        routing, plan, y_RD = self._run_experts(x_TD, chosen)
+        routing, plan, y_RD = run_experts(x_TD, chosen, self.experts, self._limit)
         y_TD = combine(y_RD, routing.weights_TK, plan).to(y_RD.dtype)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
@@ -109,25 +109,10 @@ class MoE(nn.Module):
         """Call once after each optimizer step: gates that adapt without gradients do so here."""
         self.gate.end_step()
 
-    def _run_experts(self, x_TD: Tensor, chosen: Routing) -> tuple[Routing, DispatchPlan, Tensor]:
-        """The routes that were used, and the results of their rows; experts that are gone are masked."""
-        living_E = self.experts.living() if isinstance(self.experts, RemoteExperts) else None
-        while True:
-            present = (
-                chosen if living_E is None else chosen.keep(living_E.to(x_TD.device)[chosen.experts_TK.clamp_min(0)])
-            )
-            routing = self._limit(present, x_TD.shape[0])
-            plan = plan_dispatch(routing)
-            try:
-                return routing, plan, self.experts(dispatch(x_TD, plan), plan.counts_E)
-            except ExpertsLost as lost:  # the others share their weight; each round has fewer experts than the last
-                living_E = torch.ones(self.gate.num_experts, dtype=torch.bool) if living_E is None else living_E
-                living_E[list(lost.experts)] = False
-
-    def _limit(self, chosen: Routing, tokens: int) -> Routing:
+    def _limit(self, chosen: Routing) -> Routing:
         if self.capacity_factor is None:
             return chosen
-        fair_share = tokens * self.gate.k / self.gate.num_experts
+        fair_share = chosen.experts_TK.shape[0] * self.gate.k / self.gate.num_experts
         return limit_to_capacity(chosen, math.ceil(self.capacity_factor * fair_share))
 
     def _check_input(self, x: Tensor) -> None:
@@ -138,6 +123,34 @@ class MoE(nn.Module):
             raise GateError(f"x has dtype {x.dtype}, the layer's weights {weight.dtype}", hint="x.to(...) or autocast")
         if self.debug:
             _check_finite({"x": x, **dict(self.named_parameters()), **dict(self.named_buffers())})
+
+
+def run_experts(
+    x_TD: Tensor, chosen: Routing, experts: Experts, limit: Callable[[Routing], Routing] = lambda routing: routing
+) -> tuple[Routing, DispatchPlan, Tensor]:
+    """Sends tokens through the experts chosen for them, without those that are gone.
+
+    Args:
+        x_TD: Tokens.
+        chosen: What the gate chose.
+        experts: Run the rows.
+        limit: Drops further routes.
+
+    Returns:
+        The routes that were used, their plan, and the results of their rows, (R, D).
+    """
+    living_E = experts.living() if isinstance(experts, RemoteExperts) else None
+    while True:
+        routing = chosen
+        if living_E is not None:
+            routing = chosen.keep(living_E.to(x_TD.device)[chosen.experts_TK.clamp_min(0)])
+        routing = limit(routing)
+        plan = plan_dispatch(routing)
+        try:
+            return routing, plan, experts(dispatch(x_TD, plan), plan.counts_E)
+        except ExpertsLost as lost:  # the others share their weight; each round has fewer experts than the last
+            living_E = torch.ones(experts.num_experts, dtype=torch.bool) if living_E is None else living_E
+            living_E[list(lost.experts)] = False
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -102,8 +102,7 @@ class Forward:
         """Living holders of what is still to do; waits for them where it must and may."""
 
         def lost() -> list[int]:
-            held = {expert for peer in self._peers.up() for expert in peer.experts}
-            return sorted(self._todo - held)
+            return sorted(self._todo.difference(*(peer.held for peer in self._peers.up())))
 
         if lost():
             arriving = {e for p in self._peers.all() if p.new for e in p.experts}
@@ -117,7 +116,7 @@ class Forward:
                 raise ExpertsLost(lost())
         holders: dict[int, list[str]] = {expert: [] for expert in self._todo}
         for peer in self._peers.up():
-            for expert in self._todo & set(peer.experts):
+            for expert in self._todo & peer.held:
                 holders[expert].append(peer.name)
         return {e: [n for n in names if n not in self._slow] or names for e, names in holders.items()}
 
@@ -157,8 +156,8 @@ class Forward:
         try:
             check_reply(header)
         except StalePool:  # the workers are ahead of our table
-            self._peers.wait(lambda: not set(wanted) <= set(sent.peer.experts), _FIRST_CONNECTION_S)
-            if set(wanted) <= set(sent.peer.experts):
+            self._peers.wait(lambda: not sent.peer.held.issuperset(wanted), _FIRST_CONNECTION_S)
+            if sent.peer.held.issuperset(wanted):
                 raise
             self._todo |= set(wanted)
             return

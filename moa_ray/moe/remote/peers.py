@@ -64,13 +64,18 @@ class Peer:
 
     def __init__(self, name: str, experts: tuple[int, ...]) -> None:
         self.name = name
-        self.experts = experts
+        self.hold(experts)
         self.life = -1
         self.up = False
         self.new = True
         self.durable = 0
         self.pid = 0
         self.channel: Channel | None = None
+
+    def hold(self, experts: tuple[int, ...]) -> None:
+        """What the worker holds from now on."""
+        self.experts = experts
+        self.held = frozenset(experts)
 
     def ask(self, header: Header, pieces: Sequence[memoryview], timeout_s: float) -> tuple[Header, Tensor]:
         """One message and its reply."""
@@ -156,7 +161,7 @@ class Peers:
                 self._by_name.pop(name).close()
             for worker in table.workers.values():
                 if worker.name in self._by_name:
-                    self._by_name[worker.name].experts = worker.experts
+                    self._by_name[worker.name].hold(worker.experts)
                 else:
                     self._by_name[worker.name] = Peer(worker.name, worker.experts)
                     self._bring_back(self._by_name[worker.name])
@@ -174,7 +179,8 @@ class Peers:
                 continue
             try:
                 peer.channel = Channel.connect(worker.address, self._secret)
-                peer.life, peer.experts = worker.life, worker.experts
+                peer.life = worker.life
+                peer.hold(worker.experts)
                 self._prepare(peer)
                 return
             except (ChannelLost, PoolLost) as error:

@@ -6,7 +6,7 @@ replicated is one that more workers hold. There is no other notion of either.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from moa_ray.moe.errors import PoolError
@@ -49,19 +49,28 @@ class Table:
     workers: Mapping[str, Worker]
 
 
-def spread(num_experts: int, shards: int, replicas: int) -> Placement:
+def spread(num_experts: int, shards: int, replicas: int, layers: int = 1) -> Placement:
     """Consecutive experts to each shard, as evenly as it goes, each shard `replicas` times.
+
+    Args:
+        num_experts: E, of all layers together.
+        shards: Parts.
+        replicas: Workers that hold the same part.
+        layers: Layers that the experts belong to, the same number to each: a shard gets its part of each of them.
 
     Raises:
         PoolError: More shards than experts, or a number below 1.
     """
     if min(num_experts, shards, replicas) < 1:
         raise PoolError(f"a pool needs numbers above 0, not {num_experts=}, {shards=}, {replicas=}")
-    if shards > num_experts:
-        raise PoolError(f"{shards} shards for {num_experts} experts leave shards empty", hint="shards <= num_experts")
-    cuts = [num_experts * shard // shards for shard in range(shards + 1)]
+    each = num_experts // layers
+    if shards > each:
+        raise PoolError(f"{shards} shards for {each} experts leave shards empty", hint="shards <= num_experts")
+    cuts = [each * shard // shards for shard in range(shards + 1)]
     return {
-        f"shard-{shard}.{replica}": tuple(range(cuts[shard], cuts[shard + 1]))
+        f"shard-{shard}.{replica}": tuple(
+            layer * each + expert for layer in range(layers) for expert in range(cuts[shard], cuts[shard + 1])
+        )
         for shard in range(shards)
         for replica in range(replicas)
     }
@@ -103,25 +112,3 @@ def choose_holders(
         load[worker] = load.get(worker, 0) + rows[expert]
         chosen.setdefault(worker, []).append(expert)
     return {worker: sorted(experts) for worker, experts in chosen.items()}
-
-
-def runs(experts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
-    """Where the rows of some experts lie among the rows of all, neighbours joined.
-
-    Args:
-        experts: Ascending.
-        ends: Where each expert's rows end.
-
-    Returns:
-        (first row, row after the last) of each stretch that is not empty.
-    """
-    found: list[tuple[int, int]] = []
-    for expert in experts:
-        begin, end = ends[expert - 1] if expert else 0, ends[expert]
-        if begin == end:
-            continue
-        if found and found[-1][1] == begin:
-            found[-1] = (found[-1][0], end)
-        else:
-            found.append((begin, end))
-    return found

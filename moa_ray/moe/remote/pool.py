@@ -73,6 +73,7 @@ class ExpertPool:
         shards: int = 1,
         *,
         replicas: int = 1,
+        layers: int = 1,
         num_gpus_per_shard: float = 0.0,
         num_cpus_per_shard: float = 1.0,
         activation: Activation = "relu",
@@ -92,6 +93,7 @@ class ExpertPool:
             d_hidden: H, width of an expert's hidden layer.
             shards: Parts that the experts are spread over, consecutive ones together.
             replicas: Actors that hold the same part, on different nodes where there are some.
+            layers: Layers that the experts belong to; a shard holds its part of each. See `layer`.
             num_gpus_per_shard: GPUs of each actor; a fraction shares one.
             num_cpus_per_shard: CPUs of each actor, and its threads.
             activation: `relu` or `swiglu`.
@@ -109,7 +111,7 @@ class ExpertPool:
             ResourcesShort: A worker has nowhere to run; nothing is left behind.
             ClusterError: The actors did not start; nothing is left behind.
         """
-        placement = spread(num_experts, shards, replicas)
+        placement = spread(num_experts, shards, replicas, layers)
         source = source or Fresh()
         LocalExperts(1, d_model, d_hidden, activation=activation)  # its complaints about sizes are ours
         directory = Path(snapshot_dir or tempfile.mkdtemp(prefix="moa-ray-pool-")).absolute()

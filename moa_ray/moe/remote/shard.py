@@ -125,6 +125,7 @@ class Shard:
             if expert not in self._place:
                 raise StalePool(f"{self.name} does not hold expert {expert} any more")
             counts[self._place[expert]] = number
+            self.rows_taken[self._place[expert]] += number
         return torch.tensor(counts)
 
     def forward(self, x_RD: Tensor, counts_E: Tensor, call: str = "") -> Tensor:
@@ -134,8 +135,10 @@ class Shard:
         with self._changed:
             if not call:
                 with torch.no_grad():
-                    y_RD = self._run(x_RD, counts_E)
-                return y_RD.cpu()
+                    used = counts_E.nonzero()
+                    some = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+                    w_in_EDH, w_out_EHD = (weight[some] for weight in self.weights)
+                    return feed_forward(x_RD, w_in_EDH, w_out_EHD, counts_E[some], self.spec.sizes.activation).cpu()
             with torch.enable_grad():
                 x_RD.requires_grad_(True)
                 y_RD = self._run(x_RD, counts_E)
