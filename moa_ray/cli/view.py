@@ -150,9 +150,7 @@ class View:
             table.add_column(name, justify="left" if name == "state" else "right")
         for record in self._ledger.records:
             icon, style = _ICONS[record.state]
-            state = Text(
-                f"{icon} {record.state}" + (f" ({record.attempts} tries)" if record.attempts > 1 else ""), style
-            )
+            state = Text(f"{icon} {record.state}{_how_often(record)}", style)
             table.add_row(
                 record.call,
                 record.engine,
@@ -172,3 +170,9 @@ def _tokens(usage: Usage) -> tuple[str, str, str]:
 
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _how_often(record: CallRecord) -> str:
+    parts = [f"{record.stages} stages"] if record.stages > 1 else []
+    tries = 1 + record.retries + record.hedges
+    return f" ({', '.join([*parts, *([f'{tries} tries'] if tries > 1 else [])])})" if parts or tries > 1 else ""

@@ -73,8 +73,8 @@ class Timeline:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """The calls, by their first span's begin."""
-        return tuple(sorted(self._rows.values(), key=lambda row: min(span.start for span in row.spans)))
+        """The calls in the order in which they began; warm-ups do not count where there is more."""
+        return tuple(sorted(self._rows.values(), key=_began))
 
     def add(self, event: Event) -> None:
         """Book one event."""
@@ -99,3 +99,8 @@ class Timeline:
         row = self._rows.setdefault(event.call, Row(event.call, event.engine))
         row.engine = event.engine
         row.spans += spans
+
+
+def _began(row: Row) -> tuple[bool, float]:
+    own = [span.start for span in row.spans if span.kind != "warm-up"]
+    return not own, min(own or [span.start for span in row.spans])

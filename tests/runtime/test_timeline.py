@@ -53,6 +53,7 @@ def test_spans_of_writing_are_in_order_and_within_the_run(streaming: str) -> Non
     timeline = Timeline(result.trace)
     assert timeline.ttft_s == result.ttft_s and timeline.total_s == pytest.approx(result.total_s)
     assert {row.call for row in timeline.rows} == {record.call for record in result.agents}
+    assert [row.call for row in timeline.rows][-1] == "answer"
     for row in timeline.rows:
         own = [span for span in row.spans if span.kind != "warm-up"]
         assert all(0 <= span.start <= span.end <= timeline.total_s + 1e-9 for span in row.spans)
