@@ -57,7 +57,7 @@ def test_an_example_runs_with_its_real_model(example: Any, name: str) -> None:
 
 
 def test_the_yaml_of_the_readme_and_of_docs_is_valid() -> None:
-    for path in (README, ENGINES, ROOT / "docs" / "streaming.md"):
+    for path in (README, ENGINES, ROOT / "docs" / "streaming.md", ROOT / "docs" / "reliability.md"):
         for text in snippets(path, "yaml"):
             registry.check(loads(text, file=path.name))
 

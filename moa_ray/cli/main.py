@@ -120,6 +120,20 @@ def chat(spec: Spec, address: Address = None) -> None:
     session.chat(_checked(spec), address=address)
 
 
+@app.command()
+def batch(
+    spec: Spec,
+    source: Annotated[Path, typer.Argument(metavar="IN", help='JSON lines with "prompt" or "messages".')],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="JSON lines, an answer each.")],
+    concurrency: Annotated[int, typer.Option(help="Requests in flight at once.", min=1)] = 16,
+    address: Address = None,
+) -> None:
+    """Answer every line of IN in OUT, once; the same command goes on where it was stopped or killed."""
+    from moa_ray.cli import batch as batches
+
+    batches.run(_checked(spec), source, target, concurrency=concurrency, address=address)
+
+
 Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="The graphs' YAML files, a model each.")]
 App = Annotated[str, typer.Argument(metavar="APP", help="Name of the application.", show_default=False)]
 Running = Annotated[

@@ -39,7 +39,7 @@ def run(
     if svg is not None:
         write(svg, "")  # and so is a file that cannot be written
     lines = Timeline()
-    with _up(graph, address) as moa:
+    with up(graph, address) as moa:
         if as_json:
             for event in moa.events(messages, RunOptions(draft_flush_s=DRAFTS_EVERY_S)):
                 lines.add(event)
@@ -67,7 +67,7 @@ def write(path: Path, text: str) -> None:
 
 def chat(graph: Graph, *, address: str | None) -> None:
     """A conversation: every turn sees the ones before."""
-    with _up(graph, address) as moa:
+    with up(graph, address) as moa:
         typer.echo(f"Talking with {graph.spec.name}. Ctrl-C stops an answer, Ctrl-D leaves.")
         history: list[Message] = []
         while (question := _question()) is not None:
@@ -139,7 +139,8 @@ def progress() -> Generator[Waiting, None, None]:
 
 
 @contextmanager
-def _up(graph: Graph, address: str | None) -> Generator[MoA, None, None]:
+def up(graph: Graph, address: str | None) -> Generator[MoA, None, None]:
+    """The graph on a cluster, its models fetched where that is this machine."""
     if address is None:
         fetch_models(graph)
     with progress() as show:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from math import inf, isinf
 from typing import Any
 
+from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
@@ -23,9 +24,11 @@ class EngineReplica:
 
     async def __init__(self, spec: EngineSpec) -> None:  # type: ignore[misc]  # Serve awaits it
         self._engine = await registry.create(spec)
+        self._name = serve.get_replica_context().replica_id.unique_id
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
-        """Answer, in as few messages as the reader of `request` wants."""
+        """Answer, in as few messages as the reader of `request` wants; the first tells who answers."""
+        yield Chunk(replica=self._name)
         async for chunk in coalesce(self._engine.stream(request), request.flush_s, request.flush_tokens):
             yield chunk
 

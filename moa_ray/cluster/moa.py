@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 from collections.abc import AsyncGenerator, Generator, Iterable
+from contextlib import aclosing
+from math import inf
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -93,6 +95,11 @@ class MoA:
             async for batch in response:
                 for event in batch:
                     yield event
+
+    async def answer(self, prompt: str | Iterable[Message]) -> RunResult:
+        """`run` for code with an event loop."""
+        async with aclosing(self.stream(prompt, RunOptions(answer_flush_s=inf))) as events:
+            return RunResult.of([event async for event in events])
 
     def close(self) -> None:
         """Take the application down, and the cluster if this object started it. Safe to call twice."""

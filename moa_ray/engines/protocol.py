@@ -89,11 +89,11 @@ class Usage:
 class Chunk:
     """A piece of a streamed answer.
 
-    Every chunk but the last has text or tool calls. The last one has `finish_reason`, the call's `usage` and,
-    where the engine held text back, `ttft_s`: seconds from the engine's receipt of the call to its
-    first token, which the receiver could not see; `prefill_s`, where the engine knows it, is the part of that in
-    which the prompt was read, and before it the call waited. `tool_calls` are deltas as OpenAI streams them.
-    `replica` is who answers, where the engine has several; on the first chunk.
+    Every chunk but the last has text or tool calls; the first may tell `replica` alone: who answers, where the
+    engine has several. The last one has `finish_reason`, the call's `usage` and, where the engine held text back,
+    `ttft_s`: seconds from the engine's receipt of the call to its first token, which the receiver could not see;
+    `prefill_s`, where the engine knows it, is the part of that in which the prompt was read, and before it the call
+    waited. `tool_calls` are deltas as OpenAI streams them.
     """
 
     text: str = ""

@@ -22,6 +22,7 @@ from moa_ray.runtime.events import (
     RunStarted,
     to_json,
 )
+from moa_ray.runtime.health import Health
 from moa_ray.runtime.ledger import CallRecord, Ledger, RunResult
 from moa_ray.runtime.meter import EngineLoad, Meter
 from moa_ray.runtime.plan import RunOptions
@@ -42,6 +43,7 @@ __all__ = [
     "CallRecord",
     "EngineLoad",
     "Event",
+    "Health",
     "LayerStarted",
     "Ledger",
     "Meter",

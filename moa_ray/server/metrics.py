@@ -30,6 +30,9 @@ class Metrics:
         )
         self._tokens = Counter("moa_ray_tokens", "Tokens by agent.", ["model", "agent", "kind"], registry=registry)
         self._calls = Counter("moa_ray_calls", "Engine calls by end.", ["model", "agent", "state"], registry=registry)
+        self._repeats = Counter(
+            "moa_ray_repeats", "Retries, hedges, and attempts cut off.", ["model", "agent", "kind"], registry=registry
+        )
         for name, help, value in (
             ("running", "Requests being answered.", lambda: admission.running),
             ("queued", "Requests that wait for a place.", lambda: admission.queued),
@@ -47,6 +50,8 @@ class Metrics:
             for record in choice.ledger.records:
                 usage = record.usage
                 self._calls.labels(model, record.agent, record.state).inc()
+                for kind in ("retries", "hedges", "cancelled"):
+                    self._repeats.labels(model, record.agent, kind).inc(getattr(record, kind))
                 self._tokens.labels(model, record.agent, "prompt").inc(usage.prompt_tokens)
                 self._tokens.labels(model, record.agent, "cached").inc(usage.cached_tokens)
                 self._tokens.labels(model, record.agent, "completion").inc(usage.completion_tokens)

@@ -58,3 +58,24 @@ def test_metrics_count_requests_calls_and_tokens() -> None:
     assert samples["moa_ray_tokens_total", "chief", "completion", "panel"] == 4
     assert samples["moa_ray_ttft_seconds_count", "panel"] == 2
     assert samples["moa_ray_requests_running",] == 0
+
+
+def test_metrics_and_the_account_of_the_answers_agree_where_calls_fail() -> None:
+    faults = [{"agent": "a1", "first": 2, "times": 1}, {"agent": "chief", "first": 1, "times": 1, "after_tokens": 1}]
+    with serving(2, reply="one two three", faults=faults) as served:
+        body = {"model": "panel", "messages": [{"role": "user", "content": "why?"}]}
+        answers = [httpx2.post(f"{served.url}/v1/chat/completions", json=body).json() for _ in range(3)]
+        families = text_string_to_metric_families(_get(served, "/metrics").text)
+        samples = {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+    rows = [row for answer in answers for row in answer["moa"]["agents"]]
+    for agent in ("a1", "a2", "chief"):
+        own = [row for row in rows if row["agent"] == agent]
+        for kind in ("prompt", "completion", "cached"):
+            assert samples["moa_ray_tokens_total", *sorted((agent, kind, "panel"))] == sum(
+                row[f"{kind}_tokens"] for row in own
+            )
+        assert samples["moa_ray_calls_total", agent, "finished", "panel"] == len(own)
+        assert samples["moa_ray_repeats_total", *sorted((agent, "panel", "retries"))] == sum(
+            row["attempts"] - 1 for row in own
+        )
+    assert sum(row["attempts"] - 1 for row in rows) == 2

@@ -1,0 +1,71 @@
+"""SIGKILL of real replicas: an answer goes on where it broke off."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator, Iterator
+
+import psutil
+import pytest
+from ray import serve
+
+from moa_ray.cluster import Session
+from moa_ray.cluster.app import router_of
+from moa_ray.cluster.deploy import deploy
+from moa_ray.cluster.gateway import RouterBackend
+from moa_ray.cluster.session import details_of
+from moa_ray.graph import from_dict
+from moa_ray.runtime import AgentStarted, AnswerDelta, Event, RunOptions, RunResult
+from tests.conftest import until
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
+
+TOKENS = 60
+APP = "faults"
+GRAPH = {
+    "version": 1,
+    "name": "panel",
+    "engines": {
+        name: {"kind": "scripted", "model": "m", "replicas": 2, "ttft_s": 0.05, "itl_s": 0.01, "reply_tokens": TOKENS}
+        for name in ("one", "two")
+    },
+    "agents": {"a1": {"engine": "one"}, "a2": {"engine": "one"}, "chief": {"engine": "two"}},
+    "layers": [["a1", "a2"]],
+    "aggregator": "chief",
+    "policy": {"retries": 5, "deadline_s": 120},
+}
+NUMBERS = [str(n) for n in range(1, TOKENS + 1)]
+
+
+@pytest.fixture(scope="module")
+def backend(ray_cluster: None) -> Iterator[RouterBackend]:
+    with Session():
+        deploy([from_dict(GRAPH)], APP)
+        yield RouterBackend({"panel": serve.get_deployment_handle(router_of("panel"), APP)})
+        serve.delete(APP)
+
+
+def pids(deployment: str) -> list[int]:
+    """Processes of the deployment's actors that live."""
+    found = details_of(APP)["deployments"][deployment]["replicas"]
+    return [r["pid"] for r in found if r["state"] == "RUNNING" and psutil.pid_exists(r["pid"])]
+
+
+async def events_of(backend: RouterBackend, options: RunOptions | None = None) -> AsyncGenerator[Event, None]:
+    async for batch in backend.stream("panel", [{"role": "user", "content": "why?"}], options or RunOptions()):
+        for event in batch:
+            yield event
+
+
+async def test_an_answer_whose_replicas_are_killed_goes_on_without_a_gap(backend: RouterBackend) -> None:
+    events = []
+    async for event in events_of(backend, RunOptions(answer_flush_s=0)):
+        events.append(event)
+        if sum(isinstance(e, AnswerDelta) for e in events) == 5:
+            for pid in await asyncio.to_thread(pids, "engine.panel.two"):  # one of them answers
+                os.kill(pid, signal.SIGKILL)
+    assert RunResult.of(events).text.split() == NUMBERS
+    assert any(isinstance(event, AgentStarted) and event.continued for event in events)
+    await asyncio.to_thread(until, lambda: len(pids("engine.panel.two")) == 2, within_s=60)
