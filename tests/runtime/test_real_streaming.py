@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from moa_ray.engines import Engine, catalogue
+from moa_ray.engines import Engine, Scripted, ScriptedOptions, catalogue
 from moa_ray.engines.llamacpp import LlamaCpp, LlamaCppOptions
 from moa_ray.graph import from_dict
 from moa_ray.runtime import AgentWarmed, AnswerDelta, Runner, RunResult
@@ -16,15 +16,18 @@ from moa_ray.runtime import AgentWarmed, AnswerDelta, Runner, RunResult
 
 @asynccontextmanager
 async def _fresh() -> AsyncGenerator[dict[str, Engine], None]:
-    """Engines that have seen nothing yet. One slot each, since what else is in a batch may change a text."""
-    async with AsyncExitStack() as stack:
-        engines: dict[str, Engine] = {}
-        for name in ("panel", "chief"):
-            path = catalogue.resolve("smollm2-135m-instruct")
-            engine = await LlamaCpp.create(str(path), LlamaCppOptions(context_window=1024, slots=1), num_cpus=1)
-            stack.push_async_callback(engine.close)
-            engines[name] = engine
-        yield engines
+    """A real aggregator that has seen nothing yet, and proposers whose texts are known.
+
+    What else llama.cpp has in a batch, or in its cache, may change a greedy text; here nothing else is.
+    """
+    path = catalogue.resolve("smollm2-135m-instruct")
+    chief = await LlamaCpp.create(str(path), LlamaCppOptions(context_window=1024, slots=1), num_cpus=1)
+    said = {"a": "Blue light is scattered more than red light. " * 6, "b": "The air is made of small molecules. " * 40}
+    panel = Scripted(ScriptedOptions(replies=said, itl_s=0.05))
+    try:
+        yield {"panel": panel, "chief": chief}
+    finally:
+        await chief.close()
 
 
 async def _run(engines: dict[str, Engine], prompt: str, *, last: int = 40, **policy: Any) -> RunResult:
