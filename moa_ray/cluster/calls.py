@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from grpc import RpcError
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -40,10 +40,17 @@ class Method:
         return (self._over_grpc if small else self._as_actor_call).remote(*args)
 
 
+class RouterLost(ClusterError):
+    """A router went away with what it was running."""
+
+
 def error_of_run(error: BaseException) -> MoARayError:
     """The error that ended a run, out of Ray's wrapping."""
     cause = cause_of(error)
-    return cause if isinstance(cause, MoARayError) else ClusterError(f"the router failed: {in_one_line(cause)}")
+    if isinstance(cause, MoARayError):
+        return cause
+    lost = isinstance(cause, (ActorDiedError, ActorUnavailableError, RpcError))
+    return (RouterLost if lost else ClusterError)(f"the router failed: {in_one_line(cause)}")
 
 
 def cause_of(error: BaseException) -> BaseException:

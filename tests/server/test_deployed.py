@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2
 import openai
+import psutil
 import pytest
 import ray
 import yaml
@@ -191,6 +192,20 @@ def test_a_changed_engine_is_rolled_out_without_losing_a_request() -> None:
         assert replicas(app)["engine.panel.one"] == before["engine.panel.one"]
         assert replicas(app)["engine.panel.two"].isdisjoint(before["engine.panel.two"])
     assert load.failures == []
+
+
+def test_a_router_that_is_killed_loses_no_request() -> None:
+    with up(panel(ttft_s=0.3, chief={"reply": "the end", "ttft_s": 0.3})) as url, Load(url, 4) as load:
+        app = url.rpartition("/")[2]
+        load.goes_on(4)
+        (router,) = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if process.cmdline()[:1] == [f"ray::ServeReplica:{app}:router.panel"]
+        ]
+        router.kill()
+        load.goes_on(8)
+    assert load.failures == [] and set(load.texts) == {"the end"}
 
 
 def test_the_status_tells_replicas_gpus_and_load() -> None:
