@@ -40,8 +40,14 @@ def terminal(timeline: Timeline, width: int) -> Table:
         table.add_row(row.call, _bar(row, timeline.total_s, cells), f"{max(span.end for span in row.spans):.2f}")
     if timeline.ttft_s is not None:
         at = round(timeline.ttft_s / timeline.total_s * (cells - 1))
-        table.add_row("", Text(" " * at + "▲ first token"), f"{timeline.ttft_s:.2f}")
+        table.add_row("", Text(_mark(at, cells)), f"{timeline.ttft_s:.2f}")
     return table
+
+
+def _mark(at: int, cells: int) -> str:
+    """What points at a cell, its words on the side that has room for them."""
+    words = "first token"
+    return f"{' ' * at}▲ {words}" if at + 2 + len(words) <= cells else f"{words} ▲".rjust(at + 1)
 
 
 def _legend() -> Text:

@@ -282,6 +282,7 @@ def test_retries_stop_when_their_budget_is_spent() -> None:
 async def _chaos(seed: int, requests: int = 40) -> tuple[list[RunResult | MoARayError], Replicas, list[Event]]:
     """Requests at random moments, replicas that die at random moments."""
     rng = random.Random(seed)
+    random.seed(seed)  # the pauses before retries
     run, engine = _replicated({"retries": 3, "hedge": {}}, replicas=3, ttft_s=0.05)
     events: list[Event] = []
 
