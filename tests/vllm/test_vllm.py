@@ -135,7 +135,8 @@ def served(ray_cluster: None) -> Iterator[str]:
     from moa_ray.server import ServerSettings
     from moa_ray.server.deployed import http
 
-    engine = {"kind": "vllm", "model": MODEL, "device": "cpu", "context_window": 1024, "resources": {"num_cpus": 1}}
+    # Half a CPU each: the engine of the tests above still holds one of the cluster's two.
+    engine = {"kind": "vllm", "model": MODEL, "device": "cpu", "context_window": 1024, "resources": {"num_cpus": 0.5}}
     graph = from_dict(
         {
             "version": 1,
