@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray._private.state import available_resources_per_node
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.serve.schema import ApplicationStatus
 
 from moa_ray.cluster.app import build, demand_of, deployment_of, placement
@@ -20,7 +20,7 @@ from moa_ray.errors import ClusterError, ResourcesShort
 from moa_ray.graph import EngineSpec, Graph
 
 PLACE_TIMEOUT_S = 20.0
-"""How long a replica may wait while no node has room for it."""
+"""How long a replica may wait for a node with room for it."""
 START_TIMEOUT_S = 600.0
 """How long all replicas together may take to load their models."""
 _ABANDON_TIMEOUT_S = 10.0
@@ -126,22 +126,23 @@ def _check_feasible(graphs: Sequence[Graph]) -> None:
 
 
 def _unplaced(graphs: Sequence[Graph], app: str) -> tuple[Graph, str, EngineSpec] | None:
-    """An engine with a replica that is on no node and that no node has room for now.
+    """An engine with a replica that waits for room.
 
-    A replica has no node until its process runs, which takes long on a busy machine, room or not. Of one with a
-    placement group more is known: whether that has its place.
+    Ray says who waits. What is free does not: a replica whose process still starts holds its room already, and on a
+    busy machine it starts for long.
     """
     deployments = details_of(app).get("deployments") or {}
-    free = list(available_resources_per_node().values())
-    placed = {group["name"] for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"}
+    groups = {group["name"] for group in ray.util.placement_group_table().values() if group["state"] == "PENDING"}
+    demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
+    waiting = [request.bundle for demand in demands for request in demand.bundles_by_count]
     for graph, name, spec, deployment in _engines(graphs):
-        replicas = deployments.get(deployment, {}).get("replicas", [])
-        nowhere = [
-            r["actor_name"]
-            for r in replicas
-            if r["state"] == "STARTING" and not r.get("node_id") and r["actor_name"] not in placed
+        starting = [
+            replica["actor_name"]
+            for replica in deployments.get(deployment, {}).get("replicas", [])
+            if replica["state"] == "STARTING" and not replica.get("node_id")
         ]
-        if nowhere and not _fits(_bundles(spec), free):
+        wanted = demand_of(placement(spec)["ray_actor_options"])  # nothing, where a placement group has it all
+        if (starting and wanted and wanted in waiting) or not groups.isdisjoint(starting):
             return graph, name, spec
     return None
 

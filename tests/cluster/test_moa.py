@@ -143,6 +143,14 @@ def test_what_no_node_can_hold_is_told_by_resource_and_engine(
     until(lambda: set(serve.status().applications) <= before)
 
 
+def test_a_replica_that_holds_its_room_already_is_not_taken_for_one_that_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moa_ray.cluster.deploy.PLACE_TIMEOUT_S", 1.0)  # less than a process needs to start
+    with MoA(graph({"resources": {"num_cpus": 2}})) as moa:  # all that the cluster has
+        assert moa.run("why?").text
+
+
 def test_an_engine_that_cannot_start_is_told_with_its_reason() -> None:
     bad = graph({"kind": "llamacpp", "model": "/nowhere/model.gguf"})
     with pytest.raises(ClusterError, match=r"engine 'script' did not start: .*/nowhere/model\.gguf") as caught:
