@@ -46,12 +46,14 @@ if TYPE_CHECKING:
     from moa_ray.moe.remote.hf import shard_experts
     from moa_ray.moe.remote.peers import Patience
     from moa_ray.moe.remote.pool import ExpertPool
+    from moa_ray.moe.remote.router import Router
     from moa_ray.moe.remote.snapshot import Fresh, Snapshots
 
 _HOMES = {
     "ExpertPool": "moa_ray.moe.remote.pool",
     "Fresh": "moa_ray.moe.remote.snapshot",
     "Patience": "moa_ray.moe.remote.peers",
+    "Router": "moa_ray.moe.remote.router",
     "Snapshots": "moa_ray.moe.remote.snapshot",
     "shard_experts": "moa_ray.moe.remote.hf",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "PoolError",
     "PoolLost",
     "RemoteExperts",
+    "Router",
     "Routing",
     "Snapshots",
     "SoftmaxTopK",

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,13 +96,24 @@ class Caller:
         self._calls += 1
         return f"{self._life}-{self._calls}"
 
-    def forward(self, x_RD: Tensor, counts_E: Tensor, call: str = "") -> Tensor:
+    def forward(
+        self,
+        x_RD: Tensor,
+        counts_E: Tensor,
+        call: str = "",
+        *,
+        shares_CE: Tensor | None = None,
+        deaths: int = 2,
+    ) -> Tensor:
         """Runs rows through their experts.
 
         Args:
             x_RD: Rows sorted by expert, on any device.
             counts_E: Rows of each expert.
             call: Its name, if a backward pass will follow: the result then is exact or there is none.
+            shares_CE: Rows of each of C calls that were put together, an expert's in their order; each call's are
+                then computed by themselves, so that their bits do not depend on the others.
+            deaths: Of workers that had the rows, after which these are not sent again.
 
         Raises:
             ExpertsLost: Experts without a living holder, where none may be waited for.
@@ -112,9 +124,10 @@ class Caller:
             header: Header = {"op": "forward"}
             if call:
                 header |= {"call": call, "mark": self._mark()}
-            rows = Rows.sort(counts_E, x_RD)
+            rows = Rows.sort(counts_E, x_RD, shares_CE=shares_CE)
             self._calls += 1
-            once = Forward(self.peers, self._suspects, self.patience, rows, header, exact=bool(call), turn=self._calls)
+            how: dict[str, Any] = {"exact": bool(call), "turn": self._calls, "deaths": deaths}
+            once = Forward(self.peers, self._suspects, self.patience, rows, header, **how)
             return once.run().to(x_RD.device)
 
     def backward(self, call: str, x_RD: Tensor, counts_E: Tensor, g_RD: Tensor) -> Tensor:

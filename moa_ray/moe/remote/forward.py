@@ -35,6 +35,7 @@ class Forward:
         header: What each message says besides its rows.
         exact: Whether to wait for experts without a living holder instead of reporting them.
         turn: Rotates among equal holders.
+        deaths: Of workers, after which the rows are not sent again.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Forward:
         *,
         exact: bool,
         turn: int,
+        deaths: int,
     ) -> None:
         self._peers = peers
         self._suspects = suspects
@@ -55,6 +57,7 @@ class Forward:
         self._header = header
         self._exact = exact
         self._turn = turn
+        self._deaths = deaths
         self._result_RD = torch.empty_like(rows.parts[0])
         self._todo = set(rows.of)
         self._missing = set(rows.of)
@@ -76,7 +79,7 @@ class Forward:
 
     def _send(self) -> None:
         holders = self._holders()
-        if poisoned := [e for e in self._suspects.poisoned(self._rows) if e in self._todo]:
+        if poisoned := [e for e in self._suspects.poisoned(self._rows, self._deaths) if e in self._todo]:
             raise PoisonedBatch(
                 f"the rows for experts {poisoned} killed two workers and are not sent a third time",
                 hint="look at these rows, and at the workers' logs",

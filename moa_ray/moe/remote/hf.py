@@ -7,7 +7,6 @@ That module is exchanged; everything else of the model stays as it is, `generate
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from moa_ray.moe.dispatch import combine
 from moa_ray.moe.errors import CheckpointError, PoolError
 from moa_ray.moe.layer import run_experts
 from moa_ray.moe.remote.pool import ExpertPool
-from moa_ray.moe.remote.snapshot import Loaded, Sizes, Snapshots, Source
+from moa_ray.moe.remote.snapshot import Loaded, Sizes
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -45,20 +44,16 @@ def shard_experts(model: nn.Module | Path | str, shards: int, **options: Any) ->
         PoolError: The model has no experts, or such as cannot be moved.
         CheckpointError: The files lack experts, or are damaged.
     """
-    source: Source
+    rest: Any = model if isinstance(model, nn.Module) else _without_experts(Path(model))
+    found = dict(_experts_of(rest))
+    sizes = _sizes(found)
+    options = {"layers": len(found), **options}
     if isinstance(model, nn.Module):
-        rest: Any = model
-        found = dict(_experts_of(rest))
-        sizes = _sizes(found)
-        source = snapshots = Snapshots(tempfile.mkdtemp(prefix="moa-ray-experts-"))
-        snapshots.write("model", range(sizes.num_experts), Loaded(_weights(found)))
+        pool = ExpertPool.holding(Loaded(_weights(found)), sizes, shards, **options)
     else:
-        rest = _without_experts(Path(model))
-        found = dict(_experts_of(rest))
-        sizes = _sizes(found)
-        source = Files(str(Path(model).absolute()), tuple(found), sizes.num_experts // len(found))
-    options = {"activation": "swiglu", "dtype": sizes.dtype, "source": source, **options}
-    pool = ExpertPool.launch(sizes.num_experts, sizes.d_model, sizes.d_hidden, shards, layers=len(found), **options)
+        files = Files(str(Path(model).absolute()), tuple(found), sizes.num_experts // len(found))
+        options = {"activation": "swiglu", "dtype": sizes.dtype, "source": files, **options}
+        pool = ExpertPool.launch(sizes.num_experts, sizes.d_model, sizes.d_hidden, shards, **options)
     for layer, name in enumerate(found):
         rest.set_submodule(name, _ShardedExperts(pool, layer, sizes.num_experts // len(found)))
     rest.expert_pool = pool

@@ -4,46 +4,30 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
-from moa_ray.errors import ClusterError, ResourcesShort
 from moa_ray.moe.errors import CheckpointError, PoolError
 from moa_ray.moe.experts import Activation, LocalExperts
-from moa_ray.moe.remote.actors import CONTROL_S, Keeper, RayDirectory, ShardActor
+from moa_ray.moe.remote.actors import Keeper, RayDirectory
 from moa_ray.moe.remote.autograd import RemoteCall
 from moa_ray.moe.remote.caller import Caller
 from moa_ray.moe.remote.peers import Patience
 from moa_ray.moe.remote.placement import Placement, check_placement, spread
 from moa_ray.moe.remote.shard import ShardSpec
 from moa_ray.moe.remote.snapshot import Fresh, Loaded, Sizes, Snapshots, Source
+from moa_ray.moe.remote.staff import Staff, ask_all, start, stop
 
 _MANIFEST = "pool.json"
-
-
-@dataclass(frozen=True, slots=True)
-class _Staff:
-    """What every copy of a pool knows; the keeper by its name, since a restarted actor must find it, too."""
-
-    keeper_name: str
-    spec: ShardSpec
-    secret: str
-    patience: Patience
-    bundle: dict[str, float]
-
-    @property
-    def keeper(self) -> Any:
-        return ray.get_actor(self.keeper_name)
 
 
 class ExpertPool:
@@ -53,13 +37,14 @@ class ExpertPool:
     another data-parallel caller is made by `caller`.
     """
 
-    def __init__(self, staff: _Staff, rank: int | None) -> None:
+    def __init__(self, staff: Staff, rank: int | None) -> None:
         self._staff = staff
         self._keeper = staff.keeper
         self._directory = RayDirectory(self._keeper)
         self._caller = Caller(staff.spec.sizes, self._directory, staff.secret, staff.patience, rank)
         self._actors: dict[str, Any] = {}
         self._groups: list[PlacementGroup] = []
+        self._scratch: list[Path] = []
         self.num_experts = staff.spec.sizes.num_experts
         self.d_model = staff.spec.sizes.d_model
         self._run = RemoteCall(self._caller)
@@ -114,12 +99,13 @@ class ExpertPool:
         placement = spread(num_experts, shards, replicas, layers)
         source = source or Fresh()
         LocalExperts(1, d_model, d_hidden, activation=activation)  # its complaints about sizes are ours
-        directory = Path(snapshot_dir or tempfile.mkdtemp(prefix="moa-ray-pool-")).absolute()
-        if any(directory.glob("*.safetensors")):
-            raise PoolError(f"{directory} holds snapshots of another pool", hint="an empty snapshot_dir")
-        patience = patience or Patience()
         sizes = Sizes(num_experts, d_model, d_hidden, activation, dtype)
         source.check(sizes)
+        patience = patience or Patience()
+        scratch = [] if snapshot_dir else [Path(tempfile.mkdtemp(prefix="moa-ray-pool-"))]
+        directory = Path(snapshot_dir or scratch[0]).absolute()
+        if any(directory.glob("*.safetensors")):
+            raise PoolError(f"{directory} holds snapshots of another pool", hint="an empty snapshot_dir")
         spec = ShardSpec(
             sizes=sizes,
             source=source,
@@ -134,30 +120,45 @@ class ExpertPool:
         bundle = {k: v for k, v in {"CPU": num_cpus_per_shard, "GPU": num_gpus_per_shard}.items() if v}
         name = f"moa-ray-pool-{secrets.token_hex(8)}"
         keeper = ray.remote(num_cpus=0)(Keeper).options(name=name).remote(placement)
-        staff = _Staff(name, spec, secrets.token_hex(16), patience, bundle)
+        staff = Staff(name, spec, secrets.token_hex(16), patience, bundle)
         actors: dict[str, Any] = {}
         groups: list[PlacementGroup] = []
         try:
-            actors, group = _start(staff, list(placement), placement_timeout_s)
+            actors, group = start(staff, list(placement), placement_timeout_s)
             groups.append(group)
             pool = cls(staff, rank=0)
         except BaseException:
-            _stop([keeper, *actors.values()], groups)
+            stop([keeper, *actors.values()], groups)
+            for made in scratch:
+                shutil.rmtree(made, ignore_errors=True)
             raise
         # The first handle must be kept: Ray ends a named actor when that one goes.
         pool._keeper, pool._actors, pool._groups = keeper, actors, groups
+        pool._scratch = scratch
         return pool
 
     @classmethod
     def of(cls, local: LocalExperts, shards: int = 1, **options: Any) -> ExpertPool:
         """A pool of experts that are here already; options as in `launch`."""
-        directory = tempfile.mkdtemp(prefix="moa-ray-experts-")
         tensors = {name: tensor.detach() for name, tensor in local.state_dict().items()}
-        Snapshots(directory).write("local", range(local.num_experts), Loaded(tensors))
-        sizes = (local.num_experts, local.d_model, local.d_hidden)
         dtype = str(local.w_in_EDH.dtype).removeprefix("torch.")
-        options = {"activation": local.activation, "dtype": dtype, "source": Snapshots(directory), **options}
-        return cls.launch(*sizes, shards, **options)
+        sizes = Sizes(local.num_experts, local.d_model, local.d_hidden, local.activation, dtype)
+        return cls.holding(Loaded(tensors), sizes, shards, **options)
+
+    @classmethod
+    def holding(cls, loaded: Loaded, sizes: Sizes, shards: int = 1, **options: Any) -> ExpertPool:
+        """A pool that begins with what is in this process, moments and version included; options as in `launch`."""
+        directory = Path(tempfile.mkdtemp(prefix="moa-ray-experts-"))
+        source = Snapshots(str(directory))
+        try:
+            source.write("local", range(sizes.num_experts), loaded)
+            options = {"activation": sizes.activation, "dtype": sizes.dtype, "source": source, **options}
+            pool = cls.launch(sizes.num_experts, sizes.d_model, sizes.d_hidden, shards, **options)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        pool._scratch.append(directory)
+        return pool
 
     @classmethod
     def resume(cls, directory: Path | str, shards: int = 1, **options: Any) -> ExpertPool:
@@ -184,6 +185,11 @@ class ExpertPool:
         if not 0 <= rank < self._staff.spec.callers:
             raise PoolError(f"rank {rank} of {self._staff.spec.callers} callers", hint="launch(..., callers=n)")
         return ExpertPool(self._staff, rank)
+
+    @property
+    def connection(self) -> Caller:
+        """What sends this copy's rows; for what else puts rows together, such as the router."""
+        return self._caller
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ExpertPool, (self._staff, None)
@@ -227,7 +233,7 @@ class ExpertPool:
         """Writes a checkpoint that `resume` reads: weights, moments and steps, each shard its own file."""
         target = Path(directory).absolute()
         target.mkdir(parents=True, exist_ok=True)
-        _all(actor.save.remote(str(target)) for actor in self._actors.values())
+        ask_all(actor.save.remote(str(target)) for actor in self._actors.values())
         (target / _MANIFEST).write_text(json.dumps({"sizes": asdict(self._staff.spec.sizes)}), encoding="utf-8")
 
     # The workers.
@@ -239,7 +245,7 @@ class ExpertPool:
 
     def facts(self) -> Mapping[str, dict[str, Any]]:
         """Of each worker: process, version, rows of each expert so far, seconds busy."""
-        return dict(zip(self._actors, _all(a.facts.remote() for a in self._actors.values()), strict=True))
+        return dict(zip(self._actors, ask_all(a.facts.remote() for a in self._actors.values()), strict=True))
 
     def place(self, placement: Placement, *, timeout_s: float = 60.0) -> None:
         """Moves experts between workers, adds and removes workers; calls go on meanwhile.
@@ -255,98 +261,39 @@ class ExpertPool:
         check_placement(placement, self.num_experts)
         placement = {name: tuple(sorted(set(experts))) for name, experts in placement.items()}
         before = self.placement
-        _all(actor.save.remote(None) for actor in self._actors.values())
+        ask_all(actor.save.remote(None) for actor in self._actors.values())
         both = {n: tuple(sorted({*e, *before.get(n, ())})) for n, e in placement.items()}
         changed = [name for name in placement if name in before and before[name] != placement[name]]
-        _all(self._actors[name].assign.remote(both[name]) for name in changed)
+        ask_all(self._actors[name].assign.remote(both[name]) for name in changed)
         added = [name for name in placement if name not in before]
         if added:
             self._publish(before | {name: placement[name] for name in added})
             try:
-                actors, group = _start(self._staff, added, timeout_s)
+                actors, group = start(self._staff, added, timeout_s)
             except BaseException:
                 self._publish(before)
                 raise
             self._actors |= actors
             self._groups.append(group)
         self._publish(placement)
-        _all(self._actors[name].assign.remote(placement[name]) for name in changed)
-        _stop([self._actors.pop(name) for name in before.keys() - placement.keys()], [])
+        ask_all(self._actors[name].assign.remote(placement[name]) for name in changed)
+        stop([self._actors.pop(name) for name in before.keys() - placement.keys()], [])
 
     def _publish(self, placement: Placement) -> None:
-        _all([self._keeper.place.remote(placement)])
+        ask_all([self._keeper.place.remote(placement)])
 
     def close(self) -> None:
         """Ends all actors, if this is the pool that `launch` returned, and closes the connections."""
         self._caller.close()
         self._directory.close()
         if self._actors:
-            _stop([self._keeper, *self._actors.values()], self._groups)
+            stop([self._keeper, *self._actors.values()], self._groups)
             self._actors, self._groups = {}, []
+        for directory in self._scratch:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def __enter__(self) -> ExpertPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _all(refs: Any) -> list[Any]:
-    try:
-        found: list[Any] = ray.get(list(refs), timeout=CONTROL_S)
-    except GetTimeoutError as error:
-        raise ClusterError(f"workers did not answer within {CONTROL_S:g} s") from error
-    except RayActorError as error:
-        raise ClusterError(f"a worker died: {error}") from error
-    return found
-
-
-def _start(staff: _Staff, names: list[str], timeout_s: float) -> tuple[dict[str, Any], PlacementGroup]:
-    """Actors for some workers, on nodes as different as there are, or nothing at all."""
-    group = placement_group([staff.bundle or {"CPU": 0.001} for _ in names], strategy="SPREAD")
-    actors: dict[str, Any] = {}
-    try:
-        if not group.wait(timeout_s):
-            raise _no_room(staff.bundle, names)
-        for index, name in enumerate(names):
-            make = ray.remote(ShardActor).options(
-                num_cpus=staff.bundle.get("CPU", 0),
-                num_gpus=staff.bundle.get("GPU", 0),
-                max_restarts=-1,
-                max_concurrency=4,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            )
-            actors[name] = make.remote(name, staff.spec, staff.secret, staff.keeper_name)
-        _all([staff.keeper.hire.remote(actors)])
-        _all(actor.facts.remote() for actor in actors.values())
-    except BaseException:
-        _stop(actors.values(), [group])
-        raise
-    return actors, group
-
-
-def _no_room(bundle: Mapping[str, float], names: Sequence[str]) -> ResourcesShort:
-    """Says which worker is the first that does not fit beside those before it."""
-    free = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    in_use = {k: ray.cluster_resources().get(k, 0) - ray.available_resources().get(k, 0) for k in bundle}
-    wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
-    place = len(names) - 1
-    for index in range(len(names)):
-        node = next((node for node in free if all(node.get(k, 0) >= v for k, v in bundle.items())), None)
-        if node is None:
-            place = index
-            break
-        for kind, amount in bundle.items():
-            node[kind] -= amount
-    have = ", ".join(f"{ray.cluster_resources().get(k, 0):g} {k} of which {in_use[k]:g} in use" for k in bundle)
-    return ResourcesShort(
-        f"bundle {place} of {len(names)} ({names[place]}: {wanted}) cannot be placed: the cluster has {have}",
-        hint="fewer shards or replicas, a fraction of a GPU each, or more nodes",
-    )
-
-
-def _stop(actors: Iterable[Any], groups: Iterable[PlacementGroup]) -> None:
-    for actor in actors:
-        ray.kill(actor)
-    for group in groups:
-        remove_placement_group(group)

@@ -20,20 +20,23 @@ class Rows:
         parts: Tensors of equal shape (R, D) whose rows belong together.
         of: Rows of each expert that has any.
         ends: Where each expert's rows end.
+        shares: Of calls put together, the rows of every expert that are each call's own; () for one call.
     """
 
     parts: tuple[Tensor, ...]
     of: dict[int, int]
     ends: list[int]
+    shares: Sequence[Sequence[int]] = ()
 
     @classmethod
-    def sort(cls, counts_E: Tensor, *parts: Tensor) -> Rows:
-        """From the counts of all experts."""
+    def sort(cls, counts_E: Tensor, *parts: Tensor, shares_CE: Tensor | None = None) -> Rows:
+        """From the counts of all experts, and of each call where several were put together."""
         counts = counts_E.tolist()
         return cls(
             tuple(part.detach().cpu().contiguous() for part in parts),
             {expert: count for expert, count in enumerate(counts) if count},
             counts_E.cumsum(0).tolist(),
+            () if shares_CE is None else shares_CE.tolist(),
         )
 
     def views(self, experts: Sequence[int], parts: Sequence[Tensor] | None = None) -> list[memoryview]:
@@ -43,7 +46,10 @@ class Rows:
 
     def header(self, experts: Sequence[int]) -> dict[str, Any]:
         """Names the rows of some experts, ascending."""
-        return {"experts": list(experts), "rows": [self.of[expert] for expert in experts]}
+        named: dict[str, Any] = {"experts": list(experts), "rows": [self.of[expert] for expert in experts]}
+        if self.shares:
+            named["shares"] = [[share[expert] for expert in experts] for share in self.shares]
+        return named
 
     def digest(self, expert: int) -> bytes:
         """A fingerprint of one expert's rows."""
@@ -67,7 +73,6 @@ class Rows:
 class Suspects:
     """Rows that were with workers when they died; what was there twice is not sent a third time."""
 
-    _LIMIT = 2
     _KEPT = 64
 
     def __init__(self) -> None:
@@ -87,12 +92,12 @@ class Suspects:
             for expert in self._known(rows):
                 self._deaths.pop((expert, rows.of[expert], rows.digest(expert)), None)
 
-    def poisoned(self, rows: Rows) -> list[int]:
-        """Experts whose rows must not be sent again."""
+    def poisoned(self, rows: Rows, deaths: int = 2) -> list[int]:
+        """Experts whose rows were with so many workers that died, and must not be sent again."""
         return [
             expert
             for expert in self._known(rows)
-            if self._deaths.get((expert, rows.of[expert], rows.digest(expert)), 0) >= self._LIMIT
+            if self._deaths.get((expert, rows.of[expert], rows.digest(expert)), 0) >= deaths
         ]
 
     def _known(self, rows: Rows) -> list[int]:

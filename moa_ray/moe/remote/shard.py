@@ -115,18 +115,24 @@ class Shard:
     # What it computes.
 
     def counts(self, experts: Sequence[int], rows: Sequence[int]) -> Tensor:
-        """Rows of all experts held, from those of some.
+        """Rows of all experts held, from those of some; they count as work.
 
         Raises:
             StalePool: An expert is not here: the caller knows an older placement.
         """
+        counts = self.spread(experts, rows)
+        for place, number in enumerate(counts):
+            self.rows_taken[place] += number
+        return torch.tensor(counts)
+
+    def spread(self, experts: Sequence[int], rows: Sequence[int]) -> list[int]:
+        """Rows of all experts held, from those of some."""
         counts = [0] * len(self.experts)
         for expert, number in zip(experts, rows, strict=True):
             if expert not in self._place:
                 raise StalePool(f"{self.name} does not hold expert {expert} any more")
             counts[self._place[expert]] = number
-            self.rows_taken[self._place[expert]] += number
-        return torch.tensor(counts)
+        return counts
 
     def forward(self, x_RD: Tensor, counts_E: Tensor, call: str = "") -> Tensor:
         """Runs rows through their experts; with a call's name, keeps what its backward pass will need."""
@@ -146,6 +152,16 @@ class Shard:
             if len(self._held) > _HELD_CALLS:
                 self._held.popitem(last=False)
             return y_RD.detach().cpu()
+
+    def forward_shares(self, x_RD: Tensor, counts_CE: Tensor) -> Tensor:
+        """Runs the rows of several calls, an expert's in their order, each call's by themselves."""
+        calls, experts = counts_CE.shape
+        call_R = torch.arange(calls).repeat(experts).repeat_interleave(counts_CE.t().flatten())
+        y_RD = torch.empty_like(x_RD)
+        for call, counts_E in enumerate(counts_CE):
+            mine_R = call_R == call
+            y_RD[mine_R] = self.forward(x_RD[mine_R], counts_E)
+        return y_RD
 
     def _run(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         w_in_EDH, w_out_EHD = self.weights

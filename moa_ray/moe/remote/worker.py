@@ -71,7 +71,11 @@ class ShardWorker:
                 (x_RD,) = self._rows(payload, 1)
                 counts_E = shard.counts(header["experts"], header["rows"])
                 began = time.perf_counter()
-                y_RD = shard.forward(x_RD, counts_E, header.get("call", ""))
+                if shares := header.get("shares"):
+                    counts_CE = torch.tensor([shard.spread(header["experts"], rows) for rows in shares])
+                    y_RD = shard.forward_shares(x_RD, counts_CE)
+                else:
+                    y_RD = shard.forward(x_RD, counts_E, header.get("call", ""))
                 shard.busy_s += time.perf_counter() - began
                 return {}, y_RD
             case "backward":
