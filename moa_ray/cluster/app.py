@@ -28,7 +28,7 @@ from moa_ray.cluster.gateway import Gateway, Http
 from moa_ray.engines import registry
 from moa_ray.graph import EngineSpec, Graph, Message, Resources, from_dict
 from moa_ray.graph.spec import Autoscaling
-from moa_ray.runtime import EngineLoad, Event, Health, Meter, RunFinished, Runner, RunOptions
+from moa_ray.runtime import AnswerDelta, EngineLoad, Event, Health, Meter, RunFinished, Runner, RunOptions
 
 GATEWAY = "gateway"
 _UNBOUNDED = 100_000
@@ -81,7 +81,7 @@ class Router:
                     for event in batch:
                         self._meter.add(event)
                     run, held = batch[0].run, held + batch
-                    if not isinf(options.answer_flush_s) or isinstance(batch[-1], RunFinished):
+                    if _looked_at(batch, options):
                         yield held
                         held = []
         finally:
@@ -106,6 +106,15 @@ class Router:
             for name, spec in self._graph.engines.items()
         }
         return self._graph.with_engines(scaled)
+
+
+def _looked_at(batch: list[Event], options: RunOptions) -> bool:
+    """Whether the reader of a run waits for these events."""
+    if isinstance(batch[-1], RunFinished):
+        return True
+    return not isinf(options.answer_flush_s) and (
+        not options.answer_only or any(isinstance(event, AnswerDelta) for event in batch)
+    )
 
 
 def build(graphs: Sequence[Graph], http: Http | None = None) -> Application:

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from moa_ray.cluster.calls import Method, cause_of, in_one_line, reading
 from moa_ray.engines import registry
 from moa_ray.engines._coalesce import coalesce
-from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, HasHealth, Usage
+from moa_ray.engines.protocol import Chunk, Completes, EngineInfo, EngineRequest, HasHealth, Usage
 from moa_ray.errors import EngineError, EngineOverloaded, EngineUnavailable, MoARayError
 from moa_ray.graph import EngineSpec, Message
 
@@ -34,6 +34,8 @@ class EngineReplica:
 
     async def complete(self, request: EngineRequest) -> Chunk:
         """Answer in one message."""
+        if isinstance(self._engine, Completes):
+            return await self._engine.complete(request)
         async with aclosing(coalesce(self._engine.stream(request), inf)) as chunks:
             async for chunk in chunks:
                 return chunk

@@ -165,5 +165,14 @@ class HasHealth(Protocol):
         ...
 
 
+@runtime_checkable
+class Completes(Protocol):
+    """An engine to which a whole answer is less work than its pieces."""
+
+    async def complete(self, request: EngineRequest, /) -> Chunk:
+        """Answer `request` in one chunk, as the last one of `stream` with all text in it, and its `ttft_s`."""
+        ...
+
+
 NO_FLUSH = inf
 """`flush_s` of a call whose reader wants the whole answer as one message."""

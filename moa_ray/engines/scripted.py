@@ -12,6 +12,8 @@ import random
 import re
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager, nullcontext
+from dataclasses import replace
 from itertools import accumulate, takewhile
 from typing import Any, ClassVar, Literal
 
@@ -179,22 +181,36 @@ class Scripted:
         """Nothing to give back."""
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
-        """Play the script for one call."""
+        """Play the script for one call, token by token."""
+        async with self._admitted(request) as number, aclosing(self._play(request, number)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def complete(self, request: EngineRequest) -> Chunk:
+        """Play the script for one call, and tell all of it when its last token is due."""
+        clock = asyncio.get_running_loop().time
+        received = clock()
+        async with self._admitted(request) as number, aclosing(self._play(request, number, at_once=True)) as chunks:
+            waited_s = clock() - received
+            *pieces, last = [chunk async for chunk in chunks]
+        text, tokens = "".join(piece.text for piece in pieces), sum(piece.tokens for piece in pieces)
+        tool_calls = tuple(call for piece in pieces for call in piece.tool_calls)
+        ttft_s = waited_s + (last.prefill_s or 0.0)
+        return replace(last, text=text, tokens=tokens, tool_calls=tool_calls, ttft_s=ttft_s)
+
+    @asynccontextmanager
+    async def _admitted(self, request: EngineRequest) -> AsyncGenerator[int, None]:
+        """Book a call and wait for a slot; yields the number of the call among its agent's."""
         self.calls.append(request)
         number = self._calls_of[request.agent] = self._calls_of.get(request.agent, 0) + 1
         self.active += 1
         try:
-            if self._slots is None:
-                async for chunk in self._play(request, number):
-                    yield chunk
-            else:
-                async with self._slots:
-                    async for chunk in self._play(request, number):
-                        yield chunk
+            async with self._slots or nullcontext():
+                yield number
         finally:
             self.active -= 1
 
-    async def _play(self, request: EngineRequest, number: int) -> AsyncGenerator[Chunk, None]:
+    async def _play(self, request: EngineRequest, number: int, *, at_once: bool = False) -> AsyncGenerator[Chunk, None]:
         options = self.options
         prompt = [*_tokens_of(request.messages), *request.continue_from.split()]
         self._check_window(len(prompt))
@@ -213,18 +229,31 @@ class Scripted:
         if options.stragglers and self._random.random() < options.stragglers.share:
             ttft_s *= options.stragglers.factor
         prefill_s = slow * (ttft_s + (len(prompt) - cached) * options.prefill_s_per_token)
-        due = clock() + prefill_s
-        for position, token in enumerate(tokens):
-            if fault and position == fault.after_tokens:
-                await _strike(fault)
-            if due > clock():
-                await asyncio.sleep(due - clock())
-            self.decoded += 1
-            yield Chunk(token, 1)
-            due += slow * options.itl_s
-        if fault and fault.after_tokens >= len(tokens):
+        first_due, itl_s = clock() + prefill_s, slow * options.itl_s
+        said = tokens[: fault.after_tokens] if fault else tokens
+        size = len(said) if at_once else 1
+        for start in range(0, len(said), size or 1):
+            piece = said[start : start + size]
+            await self._decode(len(piece), first_due + start * itl_s, itl_s)
+            yield Chunk("".join(piece), len(piece))
+        if fault:
             await _strike(fault)
         yield Chunk(finish_reason=finish_reason, usage=Usage(len(prompt), len(tokens), cached), prefill_s=prefill_s)
+
+    async def _decode(self, tokens: int, first_due: float, itl_s: float) -> None:
+        """Wait until the last of so many tokens is due; who cuts this off has had those that were due."""
+        clock = asyncio.get_running_loop().time
+        done = 0
+        try:
+            if (left_s := first_due + (tokens - 1) * itl_s - clock()) > 0:
+                await asyncio.sleep(left_s)
+            done = tokens
+        except asyncio.CancelledError:
+            late_s = clock() - first_due
+            done = 0 if late_s < 0 else min(tokens, 1 + int(late_s / itl_s)) if itl_s else tokens
+            raise
+        finally:
+            self.decoded += done
 
     def _reply(self, request: EngineRequest, number: int) -> tuple[list[str], FinishReason]:
         if self.options.reply_tokens:

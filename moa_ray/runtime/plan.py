@@ -26,6 +26,7 @@ class RunOptions:
     Args:
         draft_flush_s: The longest time that text of a proposal may be held back; inf sends no deltas.
         answer_flush_s: The same for the answer; inf says that nothing is looked at before the end.
+        answer_only: Whether nothing but the answer is looked at before the end: all else may come along with it.
         agent: Ask this agent alone, in place of the whole graph.
         sampling: What the answer is to be sampled with; None leaves a value to the agent. A seed makes every call
             of the run reproducible.
@@ -36,6 +37,7 @@ class RunOptions:
 
     draft_flush_s: float = inf
     answer_flush_s: float = 0.02
+    answer_only: bool = False
     agent: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     extra: Mapping[str, Any] = field(default_factory=dict)

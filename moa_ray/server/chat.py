@@ -24,7 +24,7 @@ class Chat:
     def __init__(self, request: ChatRequest, *, drafts: bool) -> None:
         self.choices = [Choice() for _ in range(request.n or 1)]
         self._request = request
-        self._drafts = drafts
+        self.drafts = drafts
         self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": request.model}
 
     def whole(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Chat:
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not choice.tool_calls else None}
         if choice.tool_calls:
             message["tool_calls"] = choice.tool_calls
-        return message | (_reasoning("".join(choice.drafts)) if self._drafts and choice.drafts else {})
+        return message | (_reasoning("".join(choice.drafts)) if self.drafts and choice.drafts else {})
 
     async def chunks(self, batches: AsyncGenerator[Batch | None, None]) -> AsyncGenerator[dict[str, Any] | None, None]:
         """The answer in chunks; None where there is silence. The first chunk of a choice is its role."""
@@ -79,7 +79,7 @@ class Chat:
                 return {"content": event.text}
             case AnswerDelta():
                 return {"tool_calls": list(event.tool_calls)} | ({"content": event.text} if event.text else {})
-            case AgentFinished() if self._drafts and (draft := draft_of(event)):
+            case AgentFinished() if self.drafts and (draft := draft_of(event)):
                 return _reasoning(draft)
             case _:
                 return {}

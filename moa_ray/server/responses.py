@@ -21,6 +21,8 @@ class Response:
         request: What was asked.
     """
 
+    drafts = False
+
     def __init__(self, request: ResponsesRequest) -> None:
         self.choices = [Choice()]
         self._request = request

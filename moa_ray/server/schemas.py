@@ -16,7 +16,6 @@ from moa_ray.errors import RequestError
 from moa_ray.graph import Message
 from moa_ray.runtime import RunOptions
 
-_ANSWER_EVERY_S = 0.02
 _Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Temperature = Annotated[float, Field(ge=0, le=2)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -89,7 +88,7 @@ class _Request(BaseModel):
     def _run_options(self, sampling: Sampling, extra: dict[str, Any]) -> RunOptions:
         k = tuple(self.moa.k) if isinstance(self.moa.k, list) else self.moa.k
         return RunOptions(
-            answer_flush_s=_ANSWER_EVERY_S if self.stream else inf,
+            answer_flush_s=0.0 if self.stream else inf,
             agent=self.model.partition("/")[2] or None,
             sampling=sampling,
             extra=extra,

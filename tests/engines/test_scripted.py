@@ -105,3 +105,32 @@ async def test_a_prompt_beyond_the_window_overflows() -> None:
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(ValidationError):
         _engine(tfft_s=1)
+
+
+async def test_a_whole_answer_is_the_joined_stream() -> None:
+    options: dict[str, Any] = {"reply_tokens": 9, "ttft_s": 0.01, "itl_s": 0.001, "prefill_s_per_token": 0.001}
+    pieces = await _all(_engine(**options), _request(max_tokens=5))
+    engine = _engine(**options)
+    whole = await engine.complete(_request(max_tokens=5))
+    assert whole.text == "".join(piece.text for piece in pieces) and whole.tokens == engine.decoded == 5
+    assert (whole.finish_reason, whole.usage) == (pieces[-1].finish_reason, pieces[-1].usage)
+    assert whole.prefill_s == pieces[-1].prefill_s and whole.ttft_s is not None and whole.ttft_s >= 0.013
+
+
+async def test_a_whole_answer_that_is_cut_off_stops_the_decoding() -> None:
+    engine = _engine(reply_tokens=1000, itl_s=0.01)
+    answering = asyncio.create_task(engine.complete(_request()))
+    await asyncio.sleep(0.1)
+    answering.cancel()
+    await asyncio.wait({answering})
+    decoded = engine.decoded
+    assert 1 < decoded < 1000 and engine.active == 0
+    await asyncio.sleep(0.03)
+    assert engine.decoded == decoded
+
+
+async def test_a_fault_strikes_a_whole_answer_too() -> None:
+    engine = _engine(reply_tokens=9, faults=[{"after_tokens": 4}])
+    with pytest.raises(EngineUnavailable):
+        await engine.complete(_request())
+    assert (engine.decoded, engine.active) == (4, 0)

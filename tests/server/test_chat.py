@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx2
@@ -201,3 +202,17 @@ def test_silence_is_filled_with_comments_and_then_failures_come_as_events() -> N
 def _raw(served: Served) -> httpx2.Response:
     body = {"model": "panel", "messages": WHY, "stream": True}
     return httpx2.post(f"{served.url}/v1/chat/completions", json=body)
+
+
+async def test_the_more_streams_there_are_the_fewer_pieces_a_second_each_of_them_gets() -> None:
+    with serving(1, reply_tokens=8, ttft_s=0.3) as served:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+
+            async def ask() -> str:
+                stream = await client.chat.completions.create(model="panel", messages=WHY, stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            texts = [await ask(), *await asyncio.gather(*(ask() for _ in range(60)))]
+        paces = [call.flush_s for call in served.engine.calls if call.agent == "chief"]
+    assert set(texts) == {"1 2 3 4 5 6 7 8 "}
+    assert paces[0] == 0.02 and 0.02 < max(paces) <= 0.06
