@@ -4,7 +4,8 @@ Three layouts. `stable` keeps what does not change first: the agent's system pro
 only then the proposals, in a fixed order, each after the other. Two prompts that differ by a proposal
 share everything before it, which is what an engine's prefix cache needs. `woven` does the same with the parts of
 the proposals in turn (part 1 of each, then part 2 of each, ...): proposals that are written at the same time then
-make a prompt that only grows at its end. `paper` puts the proposals into the system message before the
+make a prompt that only grows at its end; and the agent's own instructions come last, so that agents of one engine
+share all but those. `paper` puts the proposals into the system message before the
 conversation, as the reference implementation does.
 
 Proposals are data, not instructions: they are anonymous, delimited, and a proposal that contains the
@@ -46,6 +47,7 @@ _PICK = (
     "complete. Reply with the number of that draft and nothing else."
 )
 _NOW_PICK = "The number of the best draft is:"
+_INSTRUCTIONS = "Your own instructions for this answer:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +103,10 @@ class Prompt:
 
     def messages(self) -> tuple[Message, ...]:
         """The prompt as chat messages."""
-        given = [m["content"] for m in self.conversation if m["role"] == "system"]
-        turns = [m for m in self.conversation if m["role"] != "system"]
-        system = [self.system, *given]
-        if self.proposals and self.layout == "paper" and self.task == "synthesize":
-            system.append(_references_of_the_paper(self.proposals))
-        elif self.proposals:
-            turns = _append(turns, self._references())
-        head: list[Message] = [
-            {"role": "system", "content": text} for text in ["\n\n".join(filter(None, system))] if text
-        ]
-        return (*head, *turns)
+        if self.layout == "paper" and self.task == "synthesize" and self.proposals:
+            return self._around("", _references_of_the_paper(self.proposals))
+        closing = self._closing()
+        return self._around(self._references() if self.proposals else f"---\n{closing}" if closing else "")
 
     def growing(self, complete: Sequence[bool]) -> tuple[Message, ...]:
         """What is certain of the prompt while proposals are still being written.
@@ -135,14 +130,24 @@ class Prompt:
             text += f"\n\n{opening}{body}" + (_CLOSING if certain else "")
         return self._around(text)
 
-    def _around(self, references: str) -> tuple[Message, ...]:
-        """The messages with `references` after the conversation."""
-        return replace(self, proposals=()).messages()[:-1] + tuple(_append(self.conversation[-1:], references))
+    def _around(self, after: str, before: str = "") -> tuple[Message, ...]:
+        """The conversation, with text after it, and before it at the end of the system message."""
+        given = [m["content"] for m in self.conversation if m["role"] == "system"]
+        turns = [m for m in self.conversation if m["role"] != "system"]
+        own = "" if self.layout == "woven" else self.system
+        system = "\n\n".join(filter(None, [own, *given, before]))
+        head: list[Message] = [{"role": "system", "content": system}] if system else []
+        return (*head, *(_append(turns, after) if after else turns))
 
     def _references(self) -> str:
         outro = _NOW_ANSWER if self.task == "synthesize" else _NOW_PICK
         drafts = self._drafts(self.proposals, [True] * len(self.proposals))
-        return "\n\n".join([self._intro(), *(f"{opening}{body}{_CLOSING}" for opening, body, _ in drafts), outro])
+        parts = (f"{opening}{body}{_CLOSING}" for opening, body, _ in drafts)
+        return "\n\n".join(filter(None, [self._intro(), *parts, self._closing(), outro]))
+
+    def _closing(self) -> str:
+        """The agent's own instructions, where they come last."""
+        return f"{_INSTRUCTIONS}\n{self.system}" if self.layout == "woven" and self.system else ""
 
     def _intro(self) -> str:
         intro = _SYNTHESIZE if self.task == "synthesize" else _PICK

@@ -241,7 +241,8 @@ class GraphSpec(_Strict):
     """How far a request may go beyond the policy."""
     prompt: Literal["stable", "woven", "paper"] = "stable"
     """Where the proposals stand. `stable`: after the conversation, so that prefixes stay cached; `woven`: there, too,
-    but a part of each in turn, so that even proposals written at the same time only ever add to the prompt's end;
+    but a part of each in turn, so that even proposals written at the same time only ever add to the prompt's end, and
+    the agent's own instructions last, so that agents of one engine share all before them;
     `paper`: in the system message before it, as the reference implementation has it."""
     proposal_max_tokens: PositiveInt = 600
     """Cap of a proposer that sets no `max_tokens`."""

@@ -100,7 +100,9 @@ class Plan:
     def affinity(self, call: Call) -> str:
         """What calls have in common whose prompts begin alike, this turn's and the next one's."""
         opening = next(n for n, message in enumerate(self.messages, start=1) if message["role"] != "system")
-        begin = json.dumps([self.graph.spec.agents[call.agent].system, self.messages[:opening]])
+        spec = self.graph.spec
+        system = "" if spec.prompt == "woven" else spec.agents[call.agent].system  # there it stands at the end
+        begin = json.dumps([system, self.messages[:opening]])
         return blake2b(begin.encode(), digest_size=8).hexdigest()
 
     def sampling(self, call: Call) -> Sampling:

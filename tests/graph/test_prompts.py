@@ -45,7 +45,8 @@ def test_a_proposal_cannot_close_its_own_draft() -> None:
 @pytest.mark.parametrize("layout", ["stable", "woven", "paper"])
 @given(proposals=st.lists(st.text(alphabet="ab <>/\n1.", min_size=1).filter(str.strip), min_size=1, max_size=6))
 def test_the_number_of_messages_does_not_depend_on_what_proposals_say(layout: Layout, proposals: list[str]) -> None:
-    messages = Prompt("system", QUESTION, tuple(proposals), layout).messages()
+    turns: tuple[Message, ...] = ({"role": "system", "content": "be brief"}, *QUESTION)
+    messages = Prompt("system", turns, tuple(proposals), layout).messages()
     assert [message["role"] for message in messages] == ["system", "user"]
 
 
@@ -55,6 +56,19 @@ def test_after_a_tools_turn_the_proposals_come_in_a_users_turn_of_their_own() ->
 
 
 # ---------------------------------------------------------------- prefixes
+
+
+@pytest.mark.parametrize("proposals", [(), ("first", "second")])
+def test_woven_prompts_of_two_agents_share_everything_before_their_own_instructions(proposals: tuple[str, ...]) -> None:
+    kind, stern = (_text(Prompt(f"be {how}", QUESTION, proposals, "woven")) for how in ("kind", "stern"))
+    shared, own, _ = kind.partition("be kind")
+    assert own and all(text in shared for text in ("why?", *proposals))
+    assert stern.startswith(shared)
+
+
+def test_a_judges_woven_prompt_ends_with_what_it_has_to_say_next() -> None:
+    assert _text(Prompt("be kind", QUESTION, ("first",), "woven", "pick")).endswith("The number of the best draft is:")
+
 
 WORDS = st.text(alphabet="ab.!</>draft \n", max_size=30)
 LONG = st.lists(WORDS, max_size=40).map(" ".join)

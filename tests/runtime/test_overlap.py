@@ -59,16 +59,30 @@ async def test_the_reader_gets_no_pieces_of_proposals_that_it_did_not_ask_for() 
     assert "agent.delta" in {event.name for event in (await run.run("why?", RunOptions(draft_flush_s=0.0))).trace}
 
 
-async def test_agents_whose_prompts_are_the_same_are_warmed_once() -> None:
-    def warmed(agents: dict[str, Any]) -> Any:
-        return panel(2, 2, spec=_overlap(), agents=agents, **TIMES)[0]
+@pytest.mark.parametrize(
+    ("layout", "instructions", "whose"),
+    [
+        ("stable", {}, {"2/a1"}),
+        ("stable", {"a2": {"system": "be kind"}}, {"2/a1", "2/a2"}),
+        ("woven", {"a2": {"system": "be kind"}}, {"2/a1"}),
+    ],
+)
+async def test_agents_whose_prompts_begin_the_same_are_warmed_once(
+    layout: str, instructions: dict[str, Any], whose: set[str]
+) -> None:
+    run, _ = panel(2, 2, spec=_overlap(layout), agents=instructions, **TIMES)
+    assert {event.call for event in _warmed(await run.run("why?")) if event.layer == 2} == whose
 
-    same = await warmed({}).run("why?")
-    other = await warmed({"a2": {"system": "be kind"}}).run("why?")
-    assert [{event.call for event in _warmed(result) if event.layer == 2} for result in (same, other)] == [
-        {"2/a1"},
-        {"2/a1", "2/a2"},
-    ]
+
+async def test_agents_of_one_engine_read_a_woven_prompt_once() -> None:
+    personas = {name: {"system": f"you are {name}"} for name in ("a1", "a2", "a3")}
+    read = {}
+    for layout in ("stable", "woven"):
+        run, _ = panel(3, 3, spec=_overlap(layout), agents=personas, **TIMES)
+        records = [record for record in (await run.run("why? " * 200)).agents if record.layer == 2]
+        usage = sum((record.usage + record.warmed for record in records), Usage())
+        read[layout] = usage.prompt_tokens - usage.cached_tokens
+    assert read["woven"] < read["stable"] / 2
 
 
 class _Forgetful(Scripted):
