@@ -26,6 +26,8 @@ from moa_ray.graph.spec import Resources
 
 _ON_CPU = {"dtype": "float32", "enforce_eager": True}
 """Compiling takes minutes on a CPU, and bfloat16 without AMX is slower than float32 (5 min and 0.4 x here)."""
+_PLACE_TIMEOUT_S = 20
+"""The longest wait for the resources of an engine outside of Serve."""
 
 
 class VLLMOptions(BaseModel):
@@ -56,9 +58,10 @@ class VLLM:
 
     Options: ClassVar[type[BaseModel]] = VLLMOptions
 
-    def __init__(self, model: str, server: Any, adapters: frozenset[str]) -> None:
+    def __init__(self, model: str, server: Any, adapters: frozenset[str], group: Any = None) -> None:
         self.model = model
         self._server = server
+        self._group = group
         self._adapters = adapters
         self._info: EngineInfo | None = None
 
@@ -96,14 +99,18 @@ class VLLM:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             os.environ["OMP_NUM_THREADS"] = str(max(1, ceil(num_cpus)))
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(ceil(checked.kv_cache_gib))
+        server = group = None
         try:
-            server = server_class.sync_init(llm_config(**_config(model, folder, checked)))
+            config = llm_config(**_config(model, folder, checked))
+            group = await _own_group(config)
+            server = server_class.sync_init(config)
             await server.start()
         except Exception as error:  # whatever vLLM and its libraries raise: the replica cannot start
+            await cls(model, server, frozenset(), group).close()
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             hint = "the log of the replica has vLLM's own words; check model, engine_kwargs and memory"
             raise EngineRefused(f"vLLM cannot load {model}: {reason}", hint=hint) from error
-        return cls(model, server, frozenset(checked.loras))
+        return cls(model, server, frozenset(checked.loras), group)
 
     async def info(self) -> EngineInfo:
         """The window, as vLLM grants it."""
@@ -139,10 +146,15 @@ class VLLM:
         await self._opened.check_health()
 
     async def close(self) -> None:
-        """End vLLM's processes."""
+        """End vLLM's processes, and give back their place."""
         server, self._server = self._server, None
         if server is not None and server.engine is not None:
             server.engine._engine_client.shutdown()
+        if self._group is not None:
+            from ray.util import remove_placement_group
+
+            remove_placement_group(self._group)
+            self._group = None
 
     # ------------------------------------------------------------------ vLLM's protocol
 
@@ -200,6 +212,18 @@ def _library() -> tuple[Any, Any]:
             """Nothing: LLMServer's own is a coroutine, for Serve to await; here `VLLM.close` does its work."""
 
     return LLMConfig, Server
+
+
+async def _own_group(config: Any) -> Any | None:
+    """The placement group that Ray makes for an engine outside of Serve, in its place; None for one inside."""
+    from ray.util import get_current_placement_group
+
+    if get_current_placement_group() is not None:
+        return None
+    group = config.get_or_create_callback().ctx.placement_group  # Ray would go on before it has its place
+    if not await asyncio.to_thread(group.wait, _PLACE_TIMEOUT_S):
+        raise TimeoutError(f"no room on the cluster within {_PLACE_TIMEOUT_S} s")
+    return group
 
 
 def _config(model: str, source: str, options: VLLMOptions) -> dict[str, Any]:
