@@ -11,6 +11,8 @@ import pytest
 
 from moa_ray.engines import registry
 from moa_ray.engines.protocol import EngineRequest
+from moa_ray.gates import Question
+from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import Graph, load, loads
 from tests.commands import ROOT, moa_ray
 from tests.conftest import EXAMPLES, HTTP_PORT
@@ -18,8 +20,9 @@ from tests.conftest import EXAMPLES, HTTP_PORT
 README = ROOT / "README.md"
 ENGINES = ROOT / "docs" / "engines.md"
 SERVING = ROOT / "docs" / "serving.md"
+GATES = ROOT / "docs" / "gates.md"
 OPERATING = {"serve", "deploy", "status", "scale", "delete"}
-CALLS = {"quickstart": 4, "four_by_three": 13, "together": 13, "self_moa": 5, "dag": 5}
+CALLS = {"quickstart": 4, "four_by_three": 13, "together": 13, "self_moa": 5, "dag": 5, "cascade": 4}
 
 
 def snippets(path: Path, language: str) -> list[str]:
@@ -40,6 +43,7 @@ def test_every_example_is_listed_here() -> None:
 def test_an_example_is_valid_and_makes_its_number_of_calls(example: Any, name: str) -> None:
     graph: Graph = example(name)
     registry.check(graph)
+    gate_kinds.check(graph)
     assert len(graph.calls) + (graph.answer is not None) == CALLS[name]
 
 
@@ -57,9 +61,11 @@ def test_an_example_runs_with_its_real_model(example: Any, name: str) -> None:
 
 
 def test_the_yaml_of_the_readme_and_of_docs_is_valid() -> None:
-    for path in (README, ENGINES, ROOT / "docs" / "streaming.md", ROOT / "docs" / "reliability.md"):
+    for path in (README, ENGINES, GATES, ROOT / "docs" / "streaming.md", ROOT / "docs" / "reliability.md"):
         for text in snippets(path, "yaml"):
-            registry.check(loads(text, file=path.name))
+            graph = loads(text, file=path.name)
+            registry.check(graph)
+            gate_kinds.check(graph)
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -122,3 +128,23 @@ def test_every_key_of_an_engine_is_in_the_docs(kind: str) -> None:
     section = ENGINES.read_text().split(f"## `{kind}`")[1].split("\n## ")[0]
     options = registry.kind_of(loads(snippets(README, "yaml")[0]).engines["smol"].model_copy(update={"kind": kind}))
     assert {key for key in options.Options.model_fields if f"`{key}`" not in section} == set()
+
+
+async def test_the_gate_of_the_docs_works() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(snippets(GATES, "python")[0], str(GATES), "exec"), names)
+    gate = names["ShortestName"].create(None, None)
+    choice = await gate.choose(Question(({"role": "user", "content": "why"},), ("anna", "al")))
+    assert choice.weights == {"anna": 0.25, "al": 0.5}
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cascade_asks_its_panel_only_where_the_cheap_agent_is_not_sure(example: Any) -> None:
+    from moa_ray import MoA
+
+    with MoA(example("cascade")) as moa:
+        sure = moa.run("What is the capital of France?")
+        unsure = moa.run("How should I cook pasta without water?")
+    assert [record.call for record in sure.agents] == ["gate/quick"] and "Paris" in sure.text
+    assert unsure.agents[0].call == "gate/quick" and len(unsure.agents) == 1 + CALLS["cascade"]

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from moa_ray import __version__
 from moa_ray.cli import models, moe
-from moa_ray.engines import registry
+from moa_ray.engines import registry as engine_kinds
 from moa_ray.errors import MoARayError, RequestError
+from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import Graph, draw, json_schema, load
 
 app = typer.Typer(
@@ -278,5 +279,6 @@ def schema() -> None:
 
 def _checked(spec: Path) -> Graph:
     graph = load(spec)
-    registry.check(graph)
+    engine_kinds.check(graph)
+    gate_kinds.check(graph)
     return graph

@@ -23,7 +23,7 @@ from rich.table import Table
 from moa_ray.cli.session import fetch_models, progress
 from moa_ray.cluster import Session, operate
 from moa_ray.cluster.deploy import deploy as deploy_app
-from moa_ray.cluster.operate import AppStatus, EngineStatus
+from moa_ray.cluster.operate import AppStatus, EngineStatus, GateStatus
 from moa_ray.cluster.session import Listen
 from moa_ray.errors import RequestError
 from moa_ray.graph import Graph, Source
@@ -166,6 +166,8 @@ def status(app: str | None, *, address: str | None, as_json: bool) -> None:
     for each in found:
         console = Console(highlight=False)
         console.print(_table(each, with_models=console.width >= _ROOMY))
+        for gate in each.gates:
+            console.print(_gate_table(gate))
         if each.message:
             typer.echo(each.message.strip())
 
@@ -193,6 +195,20 @@ def _json(app: AppStatus) -> dict[str, Any]:
             }
             for engine in app.engines
         ],
+        "gates": [
+            {
+                "graph": gate.graph,
+                "kind": gate.kind,
+                "requests": gate.load.requests,
+                "failed": gate.load.failed,
+                "importance": {agent: round(value, 3) for agent, value in gate.load.importance.items()},
+                "load": dict(gate.load.load),
+                "cv_importance": round(gate.load.cv_importance, 3),
+                "cv_load": round(gate.load.cv_load, 3),
+                "max_over_mean_load": round(gate.load.max_over_mean_load, 3),
+            }
+            for gate in app.gates
+        ],
     }
 
 
@@ -211,6 +227,21 @@ def _table(app: AppStatus, *, with_models: bool) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for engine in app.engines:
         table.add_row(*_row(engine, with_model=with_models))
+    return table
+
+
+def _gate_table(gate: GateStatus) -> Table:
+    load = gate.load
+    title = (
+        f"gate of {gate.graph} ({gate.kind}): {load.requests} requests, {load.failed} without it; CV of importance "
+        f"{load.cv_importance:.2f}, of load {load.cv_load:.2f}, max/mean {load.max_over_mean_load:.2f}"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("agent", no_wrap=True)
+    for name in ("importance", "load"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for agent, count in load.load.items():
+        table.add_row(agent, f"{load.importance[agent]:.2f}", str(count))
     return table
 
 

@@ -25,6 +25,7 @@ from moa_ray.runtime import (
     AnswerDelta,
     CallRecord,
     Event,
+    GateDecided,
     Ledger,
     Notice,
     RunFinished,
@@ -65,6 +66,8 @@ class View:
         match event:
             case Notice():
                 self._err.print(Text(event.text, style="yellow"))
+            case GateDecided():
+                self._err.print(_gate(event))
             case AgentStarted():
                 if not (event.continued or event.hedge):
                     self._drafts[event.call] = ""
@@ -88,7 +91,7 @@ class View:
 
     def _panes(self) -> Group:
         panes: list[Table | Text] = []
-        layer = 0
+        layer = -1
         for record in self._ledger.records:
             if record.layer != layer:
                 layer = record.layer
@@ -97,7 +100,7 @@ class View:
         return Group(*panes)
 
     def _layer_name(self, layer: int) -> str:
-        return "aggregator" if layer > self._graph.depth else f"layer {layer}"
+        return "gate" if not layer else "aggregator" if layer > self._graph.depth else f"layer {layer}"
 
     def _pane(self, record: CallRecord) -> Table:
         icon, style = _ICONS[record.state]
@@ -162,6 +165,16 @@ class View:
         table.add_section()
         table.add_row("all", "", "", *_tokens(event.usage), _seconds(event.ttft_s), _seconds(event.t), style="bold")
         return table
+
+
+def _gate(event: GateDecided) -> Text:
+    """Who answers, and why."""
+    if event.failed:
+        return Text(f"gate {event.kind}: everybody answers, since {event.failed}", style="yellow")
+    shares = ", ".join(f"{agent} {share:.2f}" for agent, share in event.shares.items())
+    who = shares or (f"{event.calls} call" if event.calls else "answered already")
+    note = f" ({event.note})" if event.note else ""
+    return Text(f"gate {event.kind}: {who}{note}, {event.seconds * 1e3:.0f} ms", style="dim")
 
 
 def _tokens(usage: Usage) -> tuple[str, str, str]:

@@ -1,10 +1,11 @@
 """Graphs as one Ray Serve application.
 
     gateway ──▶ router.<graph> ──▶ engine.<graph>.<engine>
+                         └───────▶ gate.<graph>
 
-A router per graph and a deployment per engine; with HTTP, a gateway in front. Every deployment has a version made of
-what it holds, so deploying again touches only what changed, and a change of prompts, temperatures or policies
-reaches running routers without a restart.
+A router per graph and a deployment per engine; one for the gate where that has a model; with HTTP, a gateway in
+front. Every deployment has a version made of what it holds, so deploying again touches only what changed, and a
+change of prompts, temperatures or policies reaches running routers without a restart.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
 from moa_ray import __version__
+from moa_ray.cluster import gate_actor
 from moa_ray.cluster.engine_actor import EngineReplica, HandleEngine
+from moa_ray.cluster.gate_actor import GateReplica
 from moa_ray.cluster.gateway import Gateway, Http
 from moa_ray.engines import registry
+from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import EngineSpec, Graph, Message, Resources, from_dict
 from moa_ray.graph.spec import Autoscaling
-from moa_ray.runtime import AnswerDelta, EngineLoad, Event, Health, Meter, RunFinished, Runner, RunOptions
+from moa_ray.runtime import AnswerDelta, EngineLoad, Event, GateLoad, Health, Meter, RunFinished, Runner, RunOptions
 
 GATEWAY = "gateway"
 _UNBOUNDED = 100_000
@@ -43,6 +47,11 @@ def router_of(graph: str) -> str:
     return f"router.{graph}"
 
 
+def gate_of(graph: str) -> str:
+    """Name of a graph's gate deployment."""
+    return f"gate.{graph}"
+
+
 def deployment_of(graph: str, engine: str) -> str:
     """Name of an engine's deployment."""
     return f"engine.{graph}.{engine}"
@@ -54,10 +63,14 @@ class Router:
     Args:
         graph: The graph.
         engines: Handle of every engine's deployment, by engine name.
+        gate: Handle of the gate's deployment; None where the gate is the router's own.
     """
 
-    def __init__(self, graph: Graph, engines: dict[str, DeploymentHandle[Any]]) -> None:
+    def __init__(
+        self, graph: Graph, engines: dict[str, DeploymentHandle[Any]], gate: DeploymentHandle[Any] | None = None
+    ) -> None:
         self._engines = {name: HandleEngine(name, handle) for name, handle in engines.items()}
+        self._gate = gate
         self._secret = graph.engines
         self._meter = Meter()
         self._health = Health()
@@ -69,7 +82,7 @@ class Router:
 
     def _use(self, graph: Graph) -> None:
         self._graph = graph
-        self._runner = Runner(graph, self._engines, self._health)
+        self._runner = Runner(graph, self._engines, self._health, gate_actor.local(graph, self._gate))
 
     async def stream(self, messages: list[Message], options: RunOptions) -> AsyncGenerator[list[Event], None]:
         """Run one request; what happens at the same time travels in one message, or all of it, if nobody looks."""
@@ -90,6 +103,10 @@ class Router:
     async def load(self) -> dict[str, EngineLoad]:
         """What this replica sent to each engine of late."""
         return self._meter.load()
+
+    async def gate_load(self) -> GateLoad:
+        """How the gate of this replica spread the requests of late."""
+        return self._meter.gate()
 
     async def ready(self) -> bool:
         """Whether every engine answers."""
@@ -136,16 +153,31 @@ def build(graphs: Sequence[Graph], http: Http | None = None) -> Application:
 
 def _router(graph: Graph) -> Application:
     engines = {name: _engine(graph, name, spec) for name, spec in graph.engines.items()}
+    gate = _gate(graph)
     router = _deployment(
         Router,
         router_of(graph.spec.name),
-        version=_hash([_content(spec) for _, spec in sorted(graph.engines.items())], sorted(engines)),
+        version=_hash([_content(spec) for _, spec in sorted(graph.engines.items())], sorted(engines), gate is None),
         user_config={"spec": graph.spec.model_dump(mode="json")},
         max_ongoing_requests=_UNBOUNDED,
         ray_actor_options={"num_cpus": 0},
         **_patience([graph]),
     )
-    return router.bind(graph, engines)
+    return router.bind(graph, engines, gate)
+
+
+def _gate(graph: Graph) -> Application | None:
+    if not gate_kinds.has_model(graph):
+        return None
+    spec = graph.spec
+    deployment = _deployment(
+        GateReplica,
+        gate_of(spec.name),
+        version=_hash(spec.gate, list(spec.agents), spec.layers),
+        max_ongoing_requests=_UNBOUNDED,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment.bind(graph)
 
 
 def _engine(graph: Graph, name: str, spec: EngineSpec) -> Application:

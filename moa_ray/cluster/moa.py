@@ -18,7 +18,8 @@ from moa_ray.cluster.app import router_of
 from moa_ray.cluster.calls import reading
 from moa_ray.cluster.deploy import Progress, deploy
 from moa_ray.cluster.session import Session
-from moa_ray.engines import registry
+from moa_ray.engines import registry as engine_kinds
+from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import Graph, Message, conversation, load
 from moa_ray.runtime import Event, RunOptions, RunResult
 
@@ -40,7 +41,8 @@ class MoA:
     """
 
     def __init__(self, graph: Graph, *, address: str | None = None, progress: Progress | None = None) -> None:
-        registry.check(graph)
+        engine_kinds.check(graph)
+        gate_kinds.check(graph)
         self.graph = graph
         self.app = f"{graph.spec.name}-{uuid4().hex[:6]}"
         self._closed = False

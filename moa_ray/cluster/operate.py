@@ -22,7 +22,7 @@ from moa_ray.errors import ClusterError, MoARayError, RequestError
 from moa_ray.graph import Graph
 from moa_ray.graph.source import did_you_mean
 from moa_ray.graph.spec import Autoscaling
-from moa_ray.runtime import EngineLoad
+from moa_ray.runtime import EngineLoad, GateLoad
 
 _ANSWER_TIMEOUT_S = 10.0
 _ROUTER = router_of("")
@@ -56,6 +56,21 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class GateStatus:
+    """The gate of one graph of a running application.
+
+    Args:
+        graph: Name of the graph.
+        kind: Its kind.
+        load: What it did in the last minute, with every proposer in it.
+    """
+
+    graph: str
+    kind: str
+    load: GateLoad
+
+
+@dataclass(frozen=True, slots=True)
 class AppStatus:
     """A running application.
 
@@ -65,6 +80,7 @@ class AppStatus:
         route_prefix: Where it answers; None for nowhere.
         engines: Its engines.
         message: What Serve says of it, "" for nothing.
+        gates: Gates of those of its graphs that have one.
     """
 
     app: str
@@ -72,6 +88,7 @@ class AppStatus:
     route_prefix: str | None
     engines: tuple[EngineStatus, ...]
     message: str = ""
+    gates: tuple[GateStatus, ...] = ()
 
 
 def status(app: str | None = None) -> list[AppStatus]:
@@ -87,16 +104,20 @@ def status(app: str | None = None) -> list[AppStatus]:
 
 def _status(app: str, details: Mapping[str, Any]) -> AppStatus:
     engines: list[EngineStatus] = []
+    gates: list[GateStatus] = []
+    message = details["message"]
     try:
         for name in _graphs(details):
-            engines += _engines(app, name, details["deployments"])
+            graph: Graph = _ask(app, router_of(name), "graph")
+            engines += _engines(app, graph, details["deployments"])
+            gates += _gate(app, graph)
     except MoARayError as error:  # a router that does not answer now; the rest is worth telling
-        return AppStatus(app, details["status"].value, details["route_prefix"], tuple(engines), error.message)
-    return AppStatus(app, details["status"].value, details["route_prefix"], tuple(engines), details["message"])
+        message = error.message
+    return AppStatus(app, details["status"].value, details["route_prefix"], tuple(engines), message, tuple(gates))
 
 
-def _engines(app: str, name: str, deployments: Mapping[str, Any]) -> list[EngineStatus]:
-    graph: Graph = _ask(app, router_of(name), "graph")
+def _engines(app: str, graph: Graph, deployments: Mapping[str, Any]) -> list[EngineStatus]:
+    name = graph.spec.name
     loads: list[dict[str, EngineLoad]] = _ask_all(app, router_of(name), "load")
     found = []
     for engine, spec in graph.engines.items():
@@ -108,6 +129,14 @@ def _engines(app: str, name: str, deployments: Mapping[str, Any]) -> list[Engine
         wanted = deployment["target_num_replicas"]
         found.append(EngineStatus(name, engine, spec.kind, spec.model, wanted, alive, gpus, load, queued))
     return found
+
+
+def _gate(app: str, graph: Graph) -> list[GateStatus]:
+    if graph.spec.gate.kind == "all":
+        return []
+    loads: list[GateLoad] = _ask_all(app, router_of(graph.spec.name), "gate_load")
+    load = reduce(add, loads, GateLoad()).among(call.agent for call in graph.calls)
+    return [GateStatus(graph.spec.name, graph.spec.gate.kind, load)]
 
 
 def scale(app: str, replicas: Mapping[str, int | Autoscaling]) -> None:

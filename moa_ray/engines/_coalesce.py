@@ -28,6 +28,7 @@ async def coalesce(
     text: list[str] = []
     tools: list[dict[str, Any]] = []
     tokens = 0
+    logprob: float | None = None
     async with aclosing(chunks) as source:
         async for chunk in source:
             now = clock()
@@ -36,13 +37,16 @@ async def coalesce(
             text.append(chunk.text)
             tools += chunk.tool_calls
             tokens += chunk.tokens
+            if chunk.logprob is not None:
+                logprob = (logprob or 0.0) + chunk.logprob
             if chunk.finish_reason is not None:
                 ttft_s = chunk.ttft_s if chunk.ttft_s is not None else (first or now) - received
-                yield replace(chunk, text="".join(text), tokens=tokens, ttft_s=ttft_s, tool_calls=tuple(tools))
+                whole = "".join(text)
+                yield replace(chunk, text=whole, tokens=tokens, ttft_s=ttft_s, tool_calls=tuple(tools), logprob=logprob)
                 return
             if (now - last >= flush_s and not isinf(flush_s)) or tokens >= most:
-                yield Chunk("".join(text), tokens, tool_calls=tuple(tools))
+                yield Chunk("".join(text), tokens, tool_calls=tuple(tools), logprob=logprob)
                 text.clear()
                 tools.clear()
-                tokens = 0
+                tokens, logprob = 0, None
                 last = now

@@ -29,6 +29,12 @@ def usage_of(counts: dict[str, Any]) -> Usage:
     return Usage(counts.get("prompt_tokens") or 0, counts.get("completion_tokens") or 0, cached)
 
 
+def logprob_of(choice: dict[str, Any]) -> float | None:
+    """Sum of the log-probabilities that a choice of an event tells; None where it tells none."""
+    told = (choice.get("logprobs") or {}).get("content")
+    return sum(token["logprob"] for token in told) if told else None
+
+
 async def chunks_of(events: AsyncIterator[dict[str, Any]], prompt_tokens: int) -> AsyncIterator[Chunk]:
     """The chunks of a streamed chat completion, given the JSON of its events.
 
@@ -53,7 +59,7 @@ async def chunks_of(events: AsyncIterator[dict[str, Any]], prompt_tokens: int) -
             if text or tool_calls:
                 new = usage.completion_tokens - tokens if usage else 1
                 tokens += new
-                yield Chunk(text, new, tool_calls=tool_calls)
+                yield Chunk(text, new, tool_calls=tool_calls, logprob=logprob_of(choice))
             if reason := choice.get("finish_reason"):
                 finish = _FINISH.get(reason, "stop")
     if finish is None:

@@ -24,7 +24,7 @@ import httpx2
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from moa_ray.engines import catalogue
-from moa_ray.engines._openai_stream import fields_of, usage_of
+from moa_ray.engines._openai_stream import fields_of, logprob_of, usage_of
 from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, FinishReason, Usage
 from moa_ray.errors import ContextOverflow, EngineError, EngineRefused, EngineUnavailable, ModelNotFound
 from moa_ray.graph.messages import Message
@@ -140,7 +140,8 @@ class LlamaCpp:
                     text, tool_calls = choice["delta"].get("content") or "", choice["delta"].get("tool_calls") or ()
                     if text or tool_calls:
                         decoded = event["timings"]["predicted_n"]
-                        yield Chunk(text, decoded - counted, tool_calls=tuple(tool_calls))
+                        new = decoded - counted
+                        yield Chunk(text, new, tool_calls=tuple(tool_calls), logprob=logprob_of(choice))
                         counted = decoded
         if finish_reason is None:
             raise EngineUnavailable(f"{self.model}: the answer broke off")

@@ -93,7 +93,8 @@ class Chunk:
     engine has several. The last one has `finish_reason`, the call's `usage` and, where the engine held text back,
     `ttft_s`: seconds from the engine's receipt of the call to its first token, which the receiver could not see;
     `prefill_s`, where the engine knows it, is the part of that in which the prompt was read, and before it the call
-    waited. `tool_calls` are deltas as OpenAI streams them.
+    waited. `tool_calls` are deltas as OpenAI streams them. `logprob` is the sum of the log-probabilities of the piece's
+    tokens, where `extra` asks for `logprobs` and the engine tells them.
     """
 
     text: str = ""
@@ -104,6 +105,7 @@ class Chunk:
     tool_calls: tuple[dict[str, Any], ...] = ()
     replica: str = ""
     prefill_s: float | None = None
+    logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

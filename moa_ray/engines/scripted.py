@@ -120,6 +120,8 @@ class ScriptedOptions(BaseModel):
     """Calls served at once; more wait."""
     context_window: PositiveInt | None = None
     """Prompt plus completion tokens that fit."""
+    logprob: float | None = Field(None, le=0)
+    """Log-probability of each token, told where a call asks for `logprobs`."""
     continues: bool = True
     """Whether an answer that broke off can be continued."""
     stragglers: Stragglers | None = None
@@ -195,8 +197,9 @@ class Scripted:
             *pieces, last = [chunk async for chunk in chunks]
         text, tokens = "".join(piece.text for piece in pieces), sum(piece.tokens for piece in pieces)
         tool_calls = tuple(call for piece in pieces for call in piece.tool_calls)
-        ttft_s = waited_s + (last.prefill_s or 0.0)
-        return replace(last, text=text, tokens=tokens, tool_calls=tool_calls, ttft_s=ttft_s)
+        told = [piece.logprob for piece in pieces if piece.logprob is not None]
+        ttft_s, logprob = waited_s + (last.prefill_s or 0.0), sum(told) if told else None
+        return replace(last, text=text, tokens=tokens, tool_calls=tool_calls, ttft_s=ttft_s, logprob=logprob)
 
     @asynccontextmanager
     async def _admitted(self, request: EngineRequest) -> AsyncGenerator[int, None]:
@@ -231,11 +234,12 @@ class Scripted:
         prefill_s = slow * (ttft_s + (len(prompt) - cached) * options.prefill_s_per_token)
         first_due, itl_s = clock() + prefill_s, slow * options.itl_s
         said = tokens[: fault.after_tokens] if fault else tokens
+        logprob = options.logprob if request.extra.get("logprobs") else None
         size = len(said) if at_once else 1
         for start in range(0, len(said), size or 1):
             piece = said[start : start + size]
             await self._decode(len(piece), first_due + start * itl_s, itl_s)
-            yield Chunk("".join(piece), len(piece))
+            yield Chunk("".join(piece), len(piece), logprob=logprob * len(piece) if logprob is not None else None)
         if fault:
             await _strike(fault)
         yield Chunk(finish_reason=finish_reason, usage=Usage(len(prompt), len(tokens), cached), prefill_s=prefill_s)

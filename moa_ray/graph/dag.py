@@ -78,10 +78,9 @@ class Graph:
         }
         return replace(self, spec=self.spec.model_copy(update={"engines": declared, "agents": agents}))
 
-    def with_first(self, counts: Sequence[int]) -> Graph:
-        """The same layered graph with only the first so many agents of each layer."""
-        layers = [agents[:count] for agents, count in zip(self.spec.layers, counts, strict=True)]
-        spec = self.spec.model_copy(update={"layers": layers})
+    def with_layers(self, layers: Sequence[Sequence[str]]) -> Graph:
+        """The same layered graph with only these agents in each layer."""
+        spec = self.spec.model_copy(update={"layers": [list(agents) for agents in layers]})
         calls, finals = _layered(spec)
         return replace(self, spec=spec, calls=calls, finals=finals, answer=_answer(spec, calls, finals))
 
@@ -229,13 +228,15 @@ def _mentions(spec: GraphSpec) -> Iterable[tuple[Path, str]]:
             yield ("aggregator", "rank", "agent"), rank.agent
         case VoteAggregator():
             pass
+    if spec.gate.agent is not None:
+        yield ("gate", "agent"), spec.gate.agent
 
 
 def _unused(spec: GraphSpec) -> Iterable[Problem]:
     """Whoever is declared and never asked is most often a name misspelled elsewhere."""
     asked = {agent for _, agent in _mentions(spec)}
     for name in spec.agents.keys() - asked:
-        yield Problem(("agents", name), "no layer, node or aggregator asks this agent", "use it or remove it")
+        yield Problem(("agents", name), "no layer, node, aggregator or gate asks this agent", "use it or remove it")
     agents = spec.agents.values()
     used = {name for agent in agents for name in (agent.engine, *agent.fallbacks) if isinstance(name, str)}
     for name in spec.engines.keys() - used:
@@ -270,11 +271,25 @@ def _policy(spec: GraphSpec, calls: tuple[Call, ...], finals: tuple[str, ...]) -
     if policy.early_exit is not None and policy.early_exit.measure not in agreement.names():
         path: Path = ("policy", "early_exit", "measure")
         yield _dangling(path, "measure of agreement", policy.early_exit.measure, agreement.names())
+    yield from _gate(spec)
     yield from _times(spec)
     engines = [*spec.engines.values(), *(a.engine for a in spec.agents.values() if isinstance(a.engine, EngineSpec))]
     if policy.hedge and all(engine.most_replicas < 2 for engine in engines):
         hint = "give an engine replicas: 2"
         yield Problem(("policy", "hedge"), "no engine has a second replica that could be asked", hint)
+
+
+def _gate(spec: GraphSpec) -> Iterable[Problem]:
+    gate, largest = spec.gate, max(map(len, spec.layers), default=0)
+    if not spec.layers and gate.kind != "all":
+        yield Problem(("gate",), "a gate picks agents of layers, and this graph has nodes", "write it with layers")
+    elif gate.k and gate.k > largest:
+        yield Problem(("gate", "k"), f"{gate.k} agents cannot be picked: the largest layer has {largest}")
+    elif gate.k and gate.k < spec.policy.quorum:
+        yield Problem(("gate", "k"), f"{gate.k} agents never make the quorum of {spec.policy.quorum}")
+    elif gate.k and gate.kind == "all" and gate.k < largest:
+        hint = "kind: random picks without a reason; moa-ray's other kinds have one"
+        yield Problem(("gate", "k"), "kind: all asks every agent, whatever k", hint)
 
 
 def _times(spec: GraphSpec) -> Iterable[Problem]:

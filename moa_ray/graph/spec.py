@@ -144,11 +144,24 @@ class RankAggregator(_Strict):
     rank: Rank
 
 
-class Gate(_Strict):
-    """Who of a layer answers."""
+class Gate(BaseModel):
+    """Who of a layer answers. Keys beside these are options of the gate's kind."""
 
-    kind: Literal["all"] = "all"
-    """`all`: every agent of the layer."""
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    kind: str = "all"
+    """`all`, `random`, `rules`, `llm`, `cascade`, or a kind that a plug-in brings."""
+    k: PositiveInt | None = None
+    """Agents of each layer that answer, those with the highest weights; not given: all that have a weight."""
+    agent: str | None = None
+    """The agent that picks (`llm`), or that is asked before the panel (`cascade`)."""
+    timeout_s: PositiveFloat | None = None
+    """Longest time for the gate, in seconds; then everybody answers. Not given: 0.05, or 60 where it asks agents."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that belong to the kind."""
+        return dict(self.model_extra or {})
 
 
 class Hedge(_Strict):

@@ -16,6 +16,7 @@ from moa_ray.runtime.events import (
     AgentWarmed,
     AnswerDelta,
     Event,
+    GateDecided,
     LayerStarted,
     Notice,
     RunFinished,
@@ -24,7 +25,7 @@ from moa_ray.runtime.events import (
 )
 from moa_ray.runtime.health import Health
 from moa_ray.runtime.ledger import CallRecord, Ledger, RunResult
-from moa_ray.runtime.meter import EngineLoad, Meter
+from moa_ray.runtime.meter import EngineLoad, GateLoad, Meter
 from moa_ray.runtime.plan import RunOptions
 from moa_ray.runtime.runner import Runner
 from moa_ray.runtime.timeline import Timeline
@@ -43,6 +44,8 @@ __all__ = [
     "CallRecord",
     "EngineLoad",
     "Event",
+    "GateDecided",
+    "GateLoad",
     "Health",
     "LayerStarted",
     "Ledger",

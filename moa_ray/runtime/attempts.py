@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 from moa_ray.engines.protocol import Chunk, Engine, EngineRequest, FinishReason
 from moa_ray.errors import EngineError, EngineTimeout, EngineUnavailable
@@ -75,24 +76,29 @@ class Caller:
     health: Health
     deadline: float
 
-    async def ask(self, call: Call, prompt: Prompt, stage: Stage = WHOLE) -> Outcome:
+    async def ask(
+        self, call: Call, prompt: Prompt, stage: Stage = WHOLE, extra: Mapping[str, Any] | None = None
+    ) -> Outcome:
         """One call with its attempts, inside its share of the time that is left.
 
         Args:
             call: Who is asked.
             prompt: What.
             stage: Which part of the text is wanted.
+            extra: Further fields for the engine, in OpenAI's words; where not given, the answer's are the request's.
 
         Returns:
             The text up to the end of the stage, or why it could not be had.
         """
-        return await _Asking(self, call, prompt, stage).outcome()
+        return await _Asking(self, call, prompt, stage, extra).outcome()
 
 
 class _Asking:
     """One call on its way to an outcome."""
 
-    def __init__(self, caller: Caller, call: Call, prompt: Prompt, stage: Stage) -> None:
+    def __init__(
+        self, caller: Caller, call: Call, prompt: Prompt, stage: Stage, extra: Mapping[str, Any] | None
+    ) -> None:
         self._plan, self._journal = caller.plan, caller.journal
         self._clock = caller.journal.clock
         self._deadline = caller.deadline
@@ -114,6 +120,8 @@ class _Asking:
         self._text = [stage.begun] if stage.begun else []
         self._tokens = stage.begun_tokens
         self._has_tool_calls = False
+        self._extra = extra if extra is not None else options.extra if self._is_answer else {}
+        self._logprob: float | None = None
 
     async def outcome(self) -> Outcome:
         """Ask until there is an answer, nothing more to try, or no time left."""
@@ -234,7 +242,7 @@ class _Asking:
             sampling,
             self._flush_s if self._hedge_after_s() is None else min(self._flush_s, _FIRST_TOKEN_THEN_ALL_S),
             self._call.agent,
-            self._plan.options.extra if self._is_answer else {},
+            self._extra,
             continue_from=begun,
             affinity=self._plan.affinity(self._call),
             avoid=avoid | self._failed_on,
@@ -298,6 +306,8 @@ class _Asking:
         self._tokens += piece.tokens
         self._text.append(piece.text)
         self._has_tool_calls |= bool(piece.tool_calls)
+        if piece.logprob is not None:
+            self._logprob = (self._logprob or 0.0) + piece.logprob
         if self._is_answer:
             self._journal.emit_answer(piece.text, piece.tool_calls)
         else:
@@ -317,7 +327,8 @@ class _Asking:
             self._journal.emit(AgentFinished(*head, text, usage, seconds, first_s, reason, last.prefill_s))
         else:
             self._journal.emit(AgentPaused(*head, usage, seconds, first_s, last.prefill_s))
-        return Outcome(self._call, text, reason, tokens=self._tokens)
+        logprob = None if self._logprob is None else self._logprob / max(1, self._tokens)
+        return Outcome(self._call, text, reason, tokens=self._tokens, logprob=logprob)
 
     def _book(self, attempt: Attempt, error: EngineError) -> None:
         """Remember the failure of an engine that was asked."""

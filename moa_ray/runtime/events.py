@@ -6,6 +6,7 @@ field changes its meaning or goes away, not when one is added.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar
@@ -38,6 +39,43 @@ class RunStarted(Event):
     graph: str
     calls: int
     version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class GateDecided(Event):
+    """The gate said who answers.
+
+    Args:
+        kind: The gate's kind.
+        weights: How much each agent counts, as the gate has it; empty where everybody answers for want of a gate.
+        layers: Who answers, layer by layer; none where no panel is asked.
+        calls: Engine calls that are now planned.
+        seconds: How long it took.
+        note: How it came about, "" for nothing to say.
+        failed: Why the gate was left out, "" where it was not.
+        alone: The agent that answers without a panel, "" for none.
+    """
+
+    name = "gate.decided"
+    kind: str
+    weights: Mapping[str, float]
+    layers: tuple[tuple[str, ...], ...]
+    calls: int
+    seconds: float
+    note: str = ""
+    failed: str = ""
+    alone: str = ""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The weights of those who answer, made to sum to 1, G(x) of the papers; nothing where the gate answered."""
+        if self.alone:
+            return {self.alone: 1.0}
+        chosen = dict.fromkeys(agent for layer in self.layers for agent in layer)
+        total = sum(self.weights.get(agent, 0.0) for agent in chosen)
+        if not total:
+            return {agent: 1 / len(chosen) for agent in chosen}
+        return {agent: self.weights.get(agent, 0.0) / total for agent in chosen}
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +267,9 @@ def _plain(value: Any) -> Any:
         case float():
             return round(value, 6)
         case tuple():
-            return list(value)
+            return [_plain(item) for item in value]
+        case Mapping():
+            return {key: _plain(item) for key, item in value.items()}
         case Usage():
             return _fields(value)
         case _:

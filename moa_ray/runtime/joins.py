@@ -6,7 +6,7 @@ In a layered graph there is one join a layer, in a free graph one for each disti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf, isinf
 
@@ -21,13 +21,22 @@ Inputs = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a call ended: with a text of so many tokens, or with an error."""
+    """How a call ended: with a text of so many tokens, or with an error.
+
+    `logprob` is the mean log-probability of the tokens, where that was asked for and the engine tells it.
+    """
 
     call: Call
     text: str = ""
     finish_reason: FinishReason | None = None
     error: MoARayError | None = None
     tokens: int = 0
+    logprob: float | None = None
+
+
+def texts_of(outcomes: Iterable[Outcome]) -> dict[str, str]:
+    """What was said, by the id of the call."""
+    return {outcome.call.id: outcome.text for outcome in outcomes}
 
 
 class Joins:

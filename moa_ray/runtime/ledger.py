@@ -17,6 +17,7 @@ from moa_ray.runtime.events import (
     AgentStarted,
     AgentWarmed,
     Event,
+    GateDecided,
     RunFinished,
     to_json,
 )
@@ -68,9 +69,14 @@ class CallRecord:
 
 
 class Ledger:
-    """A consumer of events that keeps one `CallRecord` a call."""
+    """A consumer of events that keeps one `CallRecord` a call.
+
+    Attributes:
+        gate: What the gate said; None without one.
+    """
 
     def __init__(self) -> None:
+        self.gate: GateDecided | None = None
         self._records: dict[str, CallRecord] = {}
         self._flying: set[tuple[str, int]] = set()
         self._warmed: defaultdict[str, Usage] = defaultdict(Usage)
@@ -89,6 +95,8 @@ class Ledger:
     def add(self, event: Event) -> None:
         """Book one event; those that are not of an agent are passed over."""
         match event:
+            case GateDecided():
+                self.gate = event
             case AgentWarmed():  # before the call itself; its record begins with it
                 self._warmed[event.call] += event.usage
             case AgentStarted():

@@ -42,15 +42,16 @@ def policy_for(graph: Graph, wanted: Mapping[str, Any]) -> Policy:
     return changed
 
 
-def graph_for(graph: Graph, k: int | Sequence[int] | None) -> Graph:
-    """The graph with the `k` first agents of each layer, or of layer by layer so many; at most all of them.
+def counts_for(graph: Graph, k: int | Sequence[int] | None) -> list[int]:
+    """How many agents of each layer a request asks: `k`, or of layer by layer so many; at most all of them.
 
     Raises:
         RequestError: If the graph has no layers, or `k` does not fit them or the quorum.
     """
-    if k is None:
-        return graph
     sizes = [len(agents) for agents in graph.spec.layers]
+    if k is None:
+        most = graph.spec.gate.k
+        return sizes if most is None else [min(most, size) for size in sizes]
     if not sizes:
         raise RequestError(f"k: {graph.spec.name} is not layered, so no layer can be made smaller")
     counts = [min(k, size) for size in sizes] if isinstance(k, int) else list(k)
@@ -61,7 +62,7 @@ def graph_for(graph: Graph, k: int | Sequence[int] | None) -> Graph:
             raise RequestError(
                 f"k: layer {layer} has {size} agents and a quorum of {graph.spec.policy.quorum}; {count} is not between"
             )
-    return graph.with_first(counts)
+    return counts
 
 
 def answer_for(graph: Graph, agent: str | None) -> Call | None:

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from statistics import quantiles
+from functools import reduce
+from operator import add
+from statistics import fmean, pstdev, quantiles
 
-from moa_ray.runtime.events import AgentCancelled, AgentFailed, AgentFinished, AgentPaused, AgentStarted, Event
+from moa_ray.runtime.events import (
+    AgentCancelled,
+    AgentFailed,
+    AgentFinished,
+    AgentPaused,
+    AgentStarted,
+    Event,
+    GateDecided,
+)
 
 WINDOW_S = 60.0
 
@@ -41,10 +52,62 @@ class EngineLoad:
         return quantiles(self.seconds, n=100, method="inclusive")[percent - 1]
 
 
+@dataclass(frozen=True, slots=True)
+class GateLoad:
+    """How a gate spread the requests of the last `WINDOW_S` seconds over its agents, as one router saw it.
+
+    Args:
+        requests: Requests that it decided.
+        failed: Requests that went without it.
+        importance: Sum of the weights that each agent got (Shazeer et al. 2017, eq. 6).
+        load: Requests that each agent got.
+    """
+
+    requests: int = 0
+    failed: int = 0
+    importance: Mapping[str, float] = field(default_factory=dict)
+    load: Mapping[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: GateLoad) -> GateLoad:
+        names = dict.fromkeys([*self.load, *other.load])
+        return GateLoad(
+            self.requests + other.requests,
+            self.failed + other.failed,
+            {name: self.importance.get(name, 0.0) + other.importance.get(name, 0.0) for name in names},
+            {name: self.load.get(name, 0) + other.load.get(name, 0) for name in names},
+        )
+
+    def among(self, agents: Iterable[str]) -> GateLoad:
+        """The same with every one of `agents`, also those that got nothing."""
+        return self + GateLoad(load=dict.fromkeys(agents, 0))
+
+    @property
+    def cv_importance(self) -> float:
+        """Coefficient of variation of the importance (table 6)."""
+        return _cv(self.importance.values())
+
+    @property
+    def cv_load(self) -> float:
+        """Coefficient of variation of the load (table 6)."""
+        return _cv(self.load.values())
+
+    @property
+    def max_over_mean_load(self) -> float:
+        """max(load) / mean(load) (table 6); 1 is perfect balance, 0 where there was no load."""
+        loads = list(self.load.values())
+        return max(loads) / fmean(loads) if any(loads) else 0.0
+
+
+def _cv(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return pstdev(numbers) / fmean(numbers) if any(numbers) else 0.0
+
+
 class Meter:
-    """Keeps what `EngineLoad` tells, for every engine."""
+    """Keeps what `EngineLoad` tells, for every engine, and `GateLoad`, for the gate."""
 
     def __init__(self) -> None:
+        self._decided: deque[tuple[float, GateLoad]] = deque()
         # run -> (call, attempt) -> engine
         self._ongoing: defaultdict[str, dict[tuple[str, int], str]] = defaultdict(dict)
         self._ended: deque[tuple[float, str, float | None]] = deque()
@@ -52,6 +115,11 @@ class Meter:
     def add(self, event: Event) -> None:
         """Book one event."""
         match event:
+            case GateDecided():
+                shares = {} if event.failed else event.shares
+                load = GateLoad(int(not event.failed), int(bool(event.failed)), shares, dict.fromkeys(shares, 1))
+                self._decided.append((time.monotonic(), load))
+                self._forget()
             case AgentStarted():
                 self._ongoing[event.run][event.call, event.attempt] = event.engine
             case AgentPaused() | AgentFinished() | AgentFailed() | AgentCancelled():
@@ -68,8 +136,16 @@ class Meter:
         self._ongoing.pop(run, None)
 
     def _forget(self) -> None:
-        while self._ended and self._ended[0][0] < time.monotonic() - WINDOW_S:
+        since = time.monotonic() - WINDOW_S
+        while self._ended and self._ended[0][0] < since:
             self._ended.popleft()
+        while self._decided and self._decided[0][0] < since:
+            self._decided.popleft()
+
+    def gate(self) -> GateLoad:
+        """What the gate did."""
+        self._forget()
+        return reduce(add, (load for _, load in self._decided), GateLoad())
 
     def load(self) -> dict[str, EngineLoad]:
         """Every engine that was called."""

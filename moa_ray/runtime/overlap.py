@@ -85,11 +85,11 @@ class Overlap:
 
     async def _certain(self, call: Call) -> tuple[Message, ...]:
         """The beginning of the prompt of `call` as far as it is known; nothing where there is none to rely on."""
-        drafts = [draft for name in call.inputs if not (draft := self._journal.drafts[name]).lost]
-        prompt = self._plan.prompt(call, [draft.text for draft in drafts])
+        drafts = {name: draft for name in call.inputs if not (draft := self._journal.drafts[name]).lost}
+        prompt = self._plan.prompt(call, {name: draft.text for name, draft in drafts.items()})
         engine = self._engines[self._plan.graph.engine_of(call.agent)]
         _, trimmed = await context.fit(prompt, engine, await engine.info(), self._plan.sampling(call).max_tokens)
-        return () if trimmed else prompt.growing([draft.complete for draft in drafts])
+        return () if trimmed else prompt.growing([draft.complete for draft in drafts.values()])
 
     async def _warm(self, call: Call, messages: tuple[Message, ...]) -> Usage:
         plan, journal, engine = self._plan, self._journal, self._plan.graph.engine_of(call.agent)

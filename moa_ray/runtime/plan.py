@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import inf
@@ -31,7 +31,8 @@ class RunOptions:
         sampling: What the answer is to be sampled with; None leaves a value to the agent. A seed makes every call
             of the run reproducible.
         extra: Further fields for the answering engine, in OpenAI's words.
-        k: Ask only the first `k` agents of each layer; a sequence says it layer by layer.
+        k: Ask only `k` agents of each layer, the first, or those that the gate prefers; a sequence says it layer by
+            layer.
         policy: Keys of the graph's policy with other values; see `limits`.
     """
 
@@ -56,6 +57,8 @@ class Plan:
         options: How the reader wants the run.
         calls: The proposers' calls, inputs before those that see them; none where one agent is asked alone.
         answer: The call that answers or ranks; None for a vote.
+        counts: The most agents that answer, layer by layer.
+        weights: How much each agent counts, where a gate said so.
     """
 
     graph: Graph
@@ -64,6 +67,8 @@ class Plan:
     options: RunOptions
     calls: tuple[Call, ...]
     answer: Call | None
+    counts: tuple[int, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: Graph, messages: Sequence[Message], options: RunOptions) -> Plan:
@@ -72,10 +77,32 @@ class Plan:
         Raises:
             RequestError: If the options ask for what the graph or its limits do not allow.
         """
-        graph = limits.graph_for(graph, options.k)
+        counts = limits.counts_for(graph, options.k)
+        if options.k is not None and graph.spec.gate.kind == "all":
+            graph = graph.with_layers([agents[:n] for agents, n in zip(graph.spec.layers, counts, strict=True)])
         policy = limits.policy_for(graph, options.policy)
         answer = limits.answer_for(graph, options.agent)
-        return cls(graph, policy, tuple(messages), options, () if options.agent else graph.calls, answer)
+        calls = () if options.agent else graph.calls
+        return cls(graph, policy, tuple(messages), options, calls, answer, tuple(counts))
+
+    def picked(self, weights: Mapping[str, float]) -> Plan:
+        """The same request to the agents that count most, in each layer as many as are wanted.
+
+        A layer's required agents always answer, and all of a layer in which nobody counts.
+        """
+        names = list(weights)
+        layers = []
+        for agents, count in zip(self.graph.spec.layers, self.counts, strict=True):
+            counting = [agent for agent in agents if weights.get(agent, 0) > 0]
+            best = sorted(counting, key=lambda agent: (-weights[agent], names.index(agent)))[:count]
+            required = [agent for agent in agents if self.graph.spec.agents[agent].required]
+            layers.append([a for a in agents if a in best or a in required] if best else agents)
+        graph = self.graph.with_layers(layers)
+        return replace(self, graph=graph, calls=graph.calls, answer=graph.answer, weights=weights)
+
+    def alone(self, agent: str) -> Plan:
+        """The same request to one agent."""
+        return replace(self, calls=(), answer=limits.answer_for(self.graph, agent))
 
     @property
     def size(self) -> int:
@@ -90,12 +117,23 @@ class Plan:
         """Whether the text of `call` is the run's answer."""
         return call is self.answer and not self.ranks(call)
 
-    def prompt(self, call: Call, proposals: Sequence[str]) -> Prompt:
-        """What `call` is asked."""
+    def prompt(self, call: Call, proposals: Mapping[str, str]) -> Prompt:
+        """What `call` is asked.
+
+        Args:
+            call: The call.
+            proposals: What it is shown, by the id of the call that wrote it.
+        """
         spec = self.graph.spec
         system = spec.agents[call.agent].system
         task: Literal["pick", "synthesize"] = "pick" if self.ranks(call) else "synthesize"
-        return Prompt(system, self.messages, tuple(proposals), spec.prompt, task)
+        return Prompt(system, self.messages, tuple(proposals.values()), spec.prompt, task, self._weights(proposals))
+
+    def _weights(self, proposals: Iterable[str]) -> tuple[float, ...]:
+        """How much each proposal counts; nothing where all count the same."""
+        agents = {call.id: call.agent for call in self.calls}
+        weights = [self.weights.get(agents[name], 0.0) for name in proposals]
+        return tuple(weight / sum(weights) for weight in weights) if len(set(weights)) > 1 else ()
 
     def affinity(self, call: Call) -> str:
         """What calls have in common whose prompts begin alike, this turn's and the next one's."""
@@ -120,6 +158,6 @@ class Plan:
                 max_tokens=wanted.max_tokens or sampling.max_tokens,
                 stop=wanted.stop or sampling.stop,
             )
-        if agent.max_tokens is None and call is not self.answer:  # cap proposals, never the aggregator
+        if agent.max_tokens is None and call in self.calls:  # cap proposals, never the aggregator
             sampling = replace(sampling, max_tokens=self.graph.spec.proposal_max_tokens)
         return sampling

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 
 from moa_ray.engines.protocol import Engine
+from moa_ray.gates import Gate
 from moa_ray.graph import Graph, Message, conversation
 from moa_ray.runtime.events import Event
 from moa_ray.runtime.health import Health
@@ -22,11 +23,19 @@ class Runner:
         graph: The graph.
         engines: An engine for every name in `graph.engines`.
         health: What is known of the engines already; nothing where not given.
+        gate: Who picks the agents, and the seconds that it may take; not given: everybody is asked.
     """
 
-    def __init__(self, graph: Graph, engines: Mapping[str, Engine], health: Health | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        engines: Mapping[str, Engine],
+        health: Health | None = None,
+        gate: tuple[Gate, float] | None = None,
+    ) -> None:
         self.graph = graph
         self.engines = engines
+        self.gate = gate
         self.health = health if health is not None else Health()
 
     async def batches(
@@ -41,7 +50,8 @@ class Runner:
             RequestError: If the prompt is empty or malformed.
             MoARayError: After `run.finished`, if the run failed.
         """
-        run = Run(Plan.of(self.graph, conversation(prompt), options or RunOptions()), self.engines, self.health)
+        plan = Plan.of(self.graph, conversation(prompt), options or RunOptions())
+        run = Run(plan, self.engines, self.health, self.gate)
         task = asyncio.create_task(run.execute())
         task.add_done_callback(lambda _: run.journal.end())
         try:

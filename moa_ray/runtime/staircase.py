@@ -18,7 +18,7 @@ from moa_ray.graph import Call
 from moa_ray.graph.prompts import Prompt
 from moa_ray.runtime.attempts import Stage
 from moa_ray.runtime.drafts import Draft
-from moa_ray.runtime.joins import Outcome
+from moa_ray.runtime.joins import Outcome, texts_of
 from moa_ray.runtime.journal import Journal
 from moa_ray.runtime.overlap import Overlap
 from moa_ray.runtime.plan import Plan
@@ -68,7 +68,7 @@ class Staircase:
             join.cancel()
         if isinstance(proposals, MoARayError):
             return Outcome(call, error=proposals)
-        return await self._ask(call, self._plan.prompt(call, [outcome.text for outcome in proposals]), begun)
+        return await self._ask(call, self._plan.prompt(call, texts_of(proposals)), begun)
 
     async def _early_stages(self, call: Call, join: asyncio.Future[Inputs]) -> Stage | Outcome:
         """Every stage before `join` is done; returns the one to come, or the failure of one."""
@@ -118,8 +118,9 @@ class Staircase:
         return {name: draft for name in call.inputs if not (draft := self._journal.drafts[name]).lost}
 
     def _prompt(self, call: Call) -> Prompt:
-        drafts = self._drafts(call).values()
-        return self._plan.prompt(call, [draft.text for draft in drafts]).so_far([draft.complete for draft in drafts])
+        drafts = self._drafts(call)
+        prompt = self._plan.prompt(call, {name: draft.text for name, draft in drafts.items()})
+        return prompt.so_far([draft.complete for draft in drafts.values()])
 
     def _may_begin(self, call: Call) -> bool:
         patient = not self._plan.answers(call) or all(

@@ -18,8 +18,9 @@ from ray.serve import Application
 from moa_ray.cluster.app import build
 from moa_ray.cluster.gateway import Http
 from moa_ray.cluster.session import Listen
-from moa_ray.engines import registry
+from moa_ray.engines import registry as engine_kinds
 from moa_ray.errors import SpecError
+from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import Graph, from_dict
 from moa_ray.graph.source import Source
 from moa_ray.server.app import create_app
@@ -106,7 +107,8 @@ def application(args: Mapping[str, Any]) -> Application:
         raise SpecError(f"at {given.host} anybody could ask", hint=f"set {KEYS} where Ray's head runs")
     graphs = unique([from_dict(spec) for spec in given.graphs])
     for graph in graphs:
-        registry.check(graph)
+        engine_kinds.check(graph)
+        gate_kinds.check(graph)
     return build(graphs, http(settings))
 
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from moa_ray.runtime import GateDecided
 from moa_ray.server.edge import Admission
 from moa_ray.server.runs import Choice
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+
+_GATE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 20)
 
 
 class Metrics:
@@ -33,6 +36,15 @@ class Metrics:
         self._repeats = Counter(
             "moa_ray_repeats", "Retries, hedges, and attempts cut off.", ["model", "agent", "kind"], registry=registry
         )
+        gate = ["model", "agent"]
+        self._importance = Counter("moa_ray_gate_importance", "Sum of the gate's weights.", gate, registry=registry)
+        self._load = Counter("moa_ray_gate_load", "Requests that the gate gave an agent.", gate, registry=registry)
+        self._gate_s = Histogram(
+            "moa_ray_gate_seconds", "Time that the gate took.", ["model"], registry=registry, buckets=_GATE_SECONDS
+        )
+        self._gate_failed = Counter(
+            "moa_ray_gate_failures", "Requests that went without their gate.", ["model"], registry=registry
+        )
         for name, help, value in (
             ("running", "Requests being answered.", lambda: admission.running),
             ("queued", "Requests that wait for a place.", lambda: admission.queued),
@@ -47,6 +59,8 @@ class Metrics:
                 self._seconds.labels(model).observe(choice.end.t)
                 if choice.end.ttft_s is not None:
                     self._ttft.labels(model).observe(choice.end.ttft_s)
+            if choice.ledger.gate is not None:
+                self._add_gate(model, choice.ledger.gate)
             for record in choice.ledger.records:
                 usage = record.usage
                 self._calls.labels(model, record.agent, record.state).inc()
@@ -55,6 +69,15 @@ class Metrics:
                 self._tokens.labels(model, record.agent, "prompt").inc(usage.prompt_tokens)
                 self._tokens.labels(model, record.agent, "cached").inc(usage.cached_tokens)
                 self._tokens.labels(model, record.agent, "completion").inc(usage.completion_tokens)
+
+    def _add_gate(self, model: str, gate: GateDecided) -> None:
+        self._gate_s.labels(model).observe(gate.seconds)
+        if gate.failed:
+            self._gate_failed.labels(model).inc()
+            return
+        for agent, share in gate.shares.items():
+            self._importance.labels(model, agent).inc(share)
+            self._load.labels(model, agent).inc()
 
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from moa_ray.runtime import AgentFinished, AnswerDelta, CallRecord, Event, Ledger, RunFinished
+from moa_ray.runtime import AgentFinished, AnswerDelta, CallRecord, Event, Ledger, RunFinished, to_json
 
 Batch = tuple[int, list[Event]]
 
@@ -101,11 +101,13 @@ def _merge(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
 def account(choices: Sequence[Choice]) -> dict[str, Any]:
     """The `moa` object of an answer: each run, and what every call of every agent took."""
     ends = [choice.end for choice in choices if choice.end]
+    gates = [to_json(choice.ledger.gate) for choice in choices if choice.ledger.gate]
     return {
         "runs": [
             {"run": end.run, "source": end.source, "note": end.note, "ttft_s": _s(end.ttft_s), "total_s": _s(end.t)}
             for end in ends
         ],
+        **({"gates": gates} if gates else {}),
         "agents": [_row(number, r) for number, choice in enumerate(choices) for r in choice.ledger.records],
     }
 

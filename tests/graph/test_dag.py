@@ -71,7 +71,7 @@ def test_a_free_graph_keeps_the_users_order_of_inputs_and_ends_with_the_nodes_th
         ({"nodes": {"x": {"agent": "a"}, "y": {"agent": "b", "inputs": ["x", "x"]}}}, "'x' stands twice"),
         ({"nodes": {"x": {"agent": "a"}}, "layers": [["b"]]}, "either layers or nodes"),
         ({}, "there is nobody to aggregate"),
-        ({"layers": [["a"]]}, "agents.b: no layer, node or aggregator asks this agent"),
+        ({"layers": [["a"]]}, "agents.b: no layer, node, aggregator or gate asks this agent"),
         ({"layers": [["a", "b"]], "engines": {"s": ENGINE, "t": ENGINE}}, "engines.t: no agent uses this engine"),
         ({"layers": [["a", "b"]], "aggregator": {"vote": {"extract": "regex"}}}, "regex and pattern go together"),
         ({"layers": [["a", "b"]], "aggregator": {"vote": {"extract": "regex", "pattern": "("}}}, "no regular"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moa_ray.engines import Scripted, ScriptedOptions
+from moa_ray.gates import registry
 from moa_ray.graph import Graph, from_dict
 from moa_ray.runtime import Runner
 
@@ -41,4 +42,5 @@ def runner(graph: Graph) -> tuple[Runner, Scripted]:
     """A runner of `graph`, whose engines must be one scripted engine."""
     (name,) = graph.engines
     engine = Scripted(ScriptedOptions.model_validate(graph.engines[name].options), model="script")
-    return Runner(graph, {name: engine}), engine
+    gate = None if graph.spec.gate.kind == "all" else (registry.create(graph), registry.timeout_s(graph))
+    return Runner(graph, {name: engine}, gate=gate), engine

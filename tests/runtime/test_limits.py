@@ -6,7 +6,7 @@ import pytest
 
 from moa_ray.errors import ModelNotFound, RequestError
 from moa_ray.runtime import RunOptions
-from moa_ray.runtime.limits import answer_for, graph_for, policy_for
+from moa_ray.runtime.limits import answer_for, counts_for, policy_for
 from tests.runtime.panels import panel
 
 
@@ -85,4 +85,4 @@ async def test_k_asks_only_the_first_agents_of_each_layer() -> None:
 def test_a_k_that_does_not_fit_the_layers_or_the_quorum_is_refused(k: Any, message: str) -> None:
     graph = panel(3, 3, spec={"policy": {"quorum": 2}})[0].graph
     with pytest.raises(RequestError, match=message):
-        graph_for(graph, k)
+        counts_for(graph, k)

@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from moa_ray.engines import Usage
-from moa_ray.runtime import AgentCancelled, AgentFailed, AgentFinished, AgentStarted, EngineLoad, Meter, meter
+from moa_ray.runtime import (
+    AgentCancelled,
+    AgentFailed,
+    AgentFinished,
+    AgentStarted,
+    EngineLoad,
+    GateDecided,
+    GateLoad,
+    Meter,
+    meter,
+)
 
 HEAD = ("run-1", 0.0, "1/a", "a", "script", 1, 1)
 
@@ -60,3 +72,41 @@ def test_loads_of_several_routers_add_up_to_percentiles_and_a_rate() -> None:
     assert load.calls_per_s == pytest.approx(101 / meter.WINDOW_S)
     assert EngineLoad().percentile(50) is None
     assert EngineLoad(seconds=(3.0,)).percentile(95) == 3.0
+
+
+def _decided(weights: dict[str, float], *chosen: str, **more: Any) -> GateDecided:
+    return GateDecided("run-1", 0.0, "rules", weights, (chosen,) if chosen else (), 2, 0.001, **more)
+
+
+def test_the_load_of_a_gate_is_told_in_the_papers_units() -> None:
+    meter = Meter()
+    for event in (
+        _decided({"a": 3.0, "b": 1.0, "c": 9.0}, "a", "b"),
+        _decided({"a": 1.0}, "a"),
+        _decided({}, "a", "b", "c", failed="too slow"),
+        _decided({"c": 1.0}, alone="c"),
+        _decided({"a": 1.0}),  # it had the answer already
+    ):
+        meter.add(event)
+    load = meter.gate().among("abcd")
+    assert (load.requests, load.failed) == (4, 1)
+    assert load.importance == {"a": 1.75, "b": 0.25, "c": 1.0, "d": 0.0} and load.load == {
+        "a": 2,
+        "b": 1,
+        "c": 1,
+        "d": 0,
+    }
+    assert load.max_over_mean_load == 2.0
+    assert load.cv_load == pytest.approx(0.5**0.5) and load.cv_importance == pytest.approx((1.875 / 4) ** 0.5 / 0.75)
+
+
+def test_a_gate_that_decided_nothing_has_no_load() -> None:
+    load = GateLoad().among("ab")
+    assert (load.cv_load, load.max_over_mean_load, load.load) == (0.0, 0.0, {"a": 0, "b": 0})
+
+
+def test_what_a_gate_did_long_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Meter()
+    watched.add(_decided({"a": 1.0}, "a"))
+    monkeypatch.setattr(meter, "WINDOW_S", -1.0)
+    assert watched.gate() == GateLoad()

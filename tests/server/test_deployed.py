@@ -222,6 +222,52 @@ def test_the_status_tells_replicas_gpus_and_load() -> None:
         assert app in [each.app for each in operate.status()]
 
 
+def gated(graph: Graph, **gate: Any) -> Graph:
+    """`graph` with a gate."""
+    return from_dict({**graph.spec.model_dump(mode="json"), "gate": gate})
+
+
+def test_a_changed_gate_reaches_the_router_without_a_restart_and_the_status_tells_its_load() -> None:
+    rules = [{"when": {"matches": "why"}, "agents": ["a2"]}]
+    with up(gated(panel(), kind="rules", rules=rules)) as url:
+        app = url.rpartition("/")[2]
+        before = replicas(app)
+        answer = client(url).chat.completions.create(model="panel", messages=WHY)
+        assert [row["call"] for row in (answer.model_extra or {})["moa"]["agents"]] == ["1/a2", "answer"]
+        (found,) = operate.status(app)
+        (gate,) = found.gates
+        assert (gate.graph, gate.kind, gate.load.requests) == ("panel", "rules", 1)
+        assert gate.load.load == {"a1": 0, "a2": 1} and gate.load.max_over_mean_load == 2
+        rules[0]["agents"] = ["a1"]
+        graph = gated(panel(), kind="rules", rules=rules)
+        deploy([graph], app, http=http(ServerSettings()), route_prefix=f"/{app}", may_grow=True)
+
+        def asked() -> list[str]:
+            changed = client(url).chat.completions.create(model="panel", messages=WHY)
+            return [row["call"] for row in (changed.model_extra or {})["moa"]["agents"]]
+
+        until(lambda: asked() == ["1/a1", "answer"])
+        assert replicas(app) == before
+
+
+def test_a_gate_with_a_model_has_an_actor_of_its_own_and_without_it_everybody_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moa_ray.gates.simple.Random.has_model", True)
+    with up(gated(panel(), kind="random", k=1, timeout_s=5)) as url:
+        app = url.rpartition("/")[2]
+
+        def asked() -> int:
+            answer = client(url).chat.completions.create(model="panel", messages=WHY)
+            return len((answer.model_extra or {})["moa"]["agents"])
+
+        assert len(replicas(app)["gate.panel"]) == 1 and asked() == 2
+        (name,) = (r["actor_name"] for r in details_of(app)["deployments"]["gate.panel"]["replicas"])
+        ray.kill(ray.get_actor(name, namespace="serve"))
+        assert asked() in (2, 3)  # all of them, or those whom the gate that takes its place picks
+        until(lambda: asked() == 2)
+
+
 def test_scaling_beyond_the_cluster_is_told_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moa_ray.cluster.deploy.PLACE_TIMEOUT_S", 5.0)
     with up(panel(resources={"num_gpus": 4})) as url:

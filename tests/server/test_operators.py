@@ -79,3 +79,31 @@ def test_metrics_and_the_account_of_the_answers_agree_where_calls_fail() -> None
             row["attempts"] - 1 for row in own
         )
     assert sum(row["attempts"] - 1 for row in rows) == 2
+
+
+def test_metrics_and_the_account_tell_what_the_gate_did() -> None:
+    gate = {
+        "kind": "rules",
+        "k": 1,
+        "rules": [{"when": {"matches": "law"}, "agents": ["a2"]}],
+        "otherwise": ["a1", "a2"],
+    }
+    with serving(2, spec={"gate": gate}, reply="one two") as served:
+        answers = [
+            httpx2.post(
+                f"{served.url}/v1/chat/completions",
+                json={"model": "panel", "messages": [{"role": "user", "content": text}]},
+            ).json()
+            for text in ("what is the law?", "why?", "is it law?")
+        ]
+        families = text_string_to_metric_families(_get(served, "/metrics").text)
+        samples = {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+    assert [answer["moa"]["gates"][0]["layers"] for answer in answers] == [[["a2"]], [["a1"]], [["a2"]]]
+    assert (
+        samples["moa_ray_gate_load_total", "a2", "panel"]
+        == samples["moa_ray_gate_importance_total", "a2", "panel"]
+        == 2
+    )
+    assert samples["moa_ray_gate_load_total", "a1", "panel"] == 1
+    assert samples["moa_ray_gate_seconds_count", "panel"] == 3
+    assert ("moa_ray_gate_failures_total", "panel") not in samples

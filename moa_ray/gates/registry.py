@@ -1,0 +1,118 @@
+"""Gate kinds by name: the built-in ones, and those of installed packages.
+
+A package brings its own by the entry point group `moa_ray.gates`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import ClassVar, Protocol, cast
+
+from pydantic import BaseModel, ValidationError
+
+from moa_ray.errors import SpecError
+from moa_ray.gates.protocol import Gate
+from moa_ray.graph import Graph
+from moa_ray.graph.source import did_you_mean
+
+GROUP = "moa_ray.gates"
+_BUILT_IN = {
+    "all": "moa_ray.gates.simple:All",
+    "random": "moa_ray.gates.simple:Random",
+    "rules": "moa_ray.gates.rules:Rules",
+    "llm": "moa_ray.gates.asking:Llm",
+    "cascade": "moa_ray.gates.asking:Cascade",
+}
+
+
+class GateKind(Protocol):
+    """What a plug-in registers: a class that makes gates.
+
+    Attributes:
+        Options: Pydantic model of the kind's own YAML keys; extra keys forbidden.
+        timeout_s: How long it may take by default, in seconds.
+        has_model: Whether it computes so much that it is to have an actor of its own; it can then ask no agents.
+    """
+
+    Options: ClassVar[type[BaseModel]]
+    timeout_s: ClassVar[float]
+    has_model: ClassVar[bool]
+
+    def check(self, graph: Graph, options: BaseModel) -> None:
+        """Whether the options fit the graph (a classmethod).
+
+        Raises:
+            SpecError: If they do not, such as for an agent that is not there.
+        """
+        ...
+
+    def create(self, graph: Graph, options: BaseModel) -> Gate:
+        """A ready gate (a classmethod).
+
+        Raises:
+            SpecError: If a file that it needs is missing, broken, or made for another graph.
+        """
+        ...
+
+
+@cache
+def kinds() -> tuple[str, ...]:
+    """Names of all gate kinds, sorted."""
+    return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=GROUP))}))
+
+
+@cache
+def kind_of(name: str) -> GateKind:
+    """The class behind a kind's name.
+
+    Raises:
+        SpecError: If no such kind is known, or it cannot be imported.
+    """
+    try:
+        for point in entry_points(group=GROUP, name=name):
+            return cast(GateKind, point.load())
+        if name in _BUILT_IN:
+            module, _, attribute = _BUILT_IN[name].partition(":")
+            return cast(GateKind, getattr(import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"the gate kind {name!r} cannot be loaded: {error}") from error
+    hint = did_you_mean(name, kinds()) or f"known kinds: {', '.join(kinds())}"
+    raise SpecError(f"there is no gate kind {name!r}", hint=hint)
+
+
+def check(graph: Graph) -> None:
+    """Check kind and options of the gate of `graph`.
+
+    Raises:
+        SpecError: With file, line and key of what is wrong.
+    """
+    spec = graph.spec.gate
+    try:
+        kind = kind_of(spec.kind)
+    except SpecError as error:
+        raise graph.source.error(("gate", "kind"), error.message, hint=error.hint) from None
+    try:
+        kind.check(graph, kind.Options.model_validate(spec.options))
+    except ValidationError as error:
+        raise graph.source.invalid(("gate",), error, kind.Options) from None
+    except SpecError as error:
+        raise graph.source.error(("gate",), error.message, hint=error.hint) from None
+
+
+def create(graph: Graph) -> Gate:
+    """The gate of `graph`, in this process. Raises as `check` does."""
+    check(graph)
+    kind = kind_of(graph.spec.gate.kind)
+    return kind.create(graph, kind.Options.model_validate(graph.spec.gate.options))
+
+
+def has_model(graph: Graph) -> bool:
+    """Whether the gate of `graph` is to have an actor of its own."""
+    return kind_of(graph.spec.gate.kind).has_model
+
+
+def timeout_s(graph: Graph) -> float:
+    """How long a request waits for the gate of `graph`, in seconds."""
+    return graph.spec.gate.timeout_s or kind_of(graph.spec.gate.kind).timeout_s
