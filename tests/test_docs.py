@@ -22,7 +22,7 @@ ENGINES = ROOT / "docs" / "engines.md"
 SERVING = ROOT / "docs" / "serving.md"
 GATES = ROOT / "docs" / "gates.md"
 OPERATING = {"serve", "deploy", "status", "scale", "delete"}
-CALLS = {"quickstart": 4, "four_by_three": 13, "together": 13, "self_moa": 5, "dag": 5, "cascade": 4}
+CALLS = {"quickstart": 4, "four_by_three": 13, "together": 13, "self_moa": 5, "dag": 5, "cascade": 4, "experts": 3}
 
 
 def snippets(path: Path, language: str) -> list[str]:
@@ -123,7 +123,7 @@ async def test_the_engine_of_the_docs_works() -> None:
     assert "".join(chunk.text for chunk in chunks) == "WHY NOT !!"
 
 
-@pytest.mark.parametrize("kind", ["llamacpp", "openai", "scripted", "vllm"])
+@pytest.mark.parametrize("kind", ["llamacpp", "moe", "openai", "scripted", "vllm"])
 def test_every_key_of_an_engine_is_in_the_docs(kind: str) -> None:
     section = ENGINES.read_text().split(f"## `{kind}`")[1].split("\n## ")[0]
     options = registry.kind_of(loads(snippets(README, "yaml")[0]).engines["smol"].model_copy(update={"kind": kind}))

@@ -1,4 +1,4 @@
-"""GGUF files of the Hugging Face Hub, through `huggingface_hub`, whose cache, tokens and mirrors count."""
+"""Models of the Hugging Face Hub, through `huggingface_hub`, whose cache, tokens and mirrors count."""
 
 from __future__ import annotations
 
@@ -53,6 +53,21 @@ def resolve(name: str, report: Callable[[int, int | None, str], None]) -> Path:
     except _FAILURES as error:
         if here := cached(name):
             return here
+        raise _unreachable(repo, error) from error
+
+
+def snapshot(repo: str) -> Path:
+    """A model's folder with its safetensors, tokenizer and configuration, in the Hub's own cache.
+
+    Raises:
+        ModelNotFound: If the Hub cannot be reached, or has no such model.
+    """
+    _require()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+    except _FAILURES as error:
         raise _unreachable(repo, error) from error
 
 

@@ -21,6 +21,7 @@ GROUP = "moa_ray.engines"
 _BUILT_IN = {
     "scripted": "moa_ray.engines.scripted:Scripted",
     "llamacpp": "moa_ray.engines.llamacpp:LlamaCpp",
+    "moe": "moa_ray.engines.moe:MoEEngine",
     "openai": "moa_ray.engines.openai_api:OpenAIEngine",
     "vllm": "moa_ray.engines.vllm:VLLM",
 }

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -119,21 +118,3 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             have, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
             raise CheckpointError(f"{name} has shape {have} in the checkpoint, {want} in the model")
     model.load_state_dict(tensors)
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named `optimizer/PARAMETER/FIELD`."""
-    return {
-        f"optimizer/{name}/{field}": value
-        for name, parameter in model.named_parameters()
-        for field, value in optimizer.state[parameter].items()
-    }
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; the model's weights are loaded, so names and shapes fit."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for index, (name, _) in enumerate(model.named_parameters()):
-        prefix = f"optimizer/{name}/"
-        state[index] = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -175,6 +175,17 @@ class OptimConfig(_Strict):
         return self.lr * min(number / self.warmup_steps, math.sqrt(self.warmup_steps / number))
 
 
+class PoolConfig(_Strict):
+    """Experts in actors while the model trains; the keys are those of `ExpertPool.launch`."""
+
+    shards: Positive = 1
+    replicas: Positive = 1
+    num_cpus_per_shard: Weight = 1.0
+    num_gpus_per_shard: Weight = 0.0
+    snapshot_dir: Path | None = None
+    snapshot_every: Positive = 20
+
+
 class TrainConfig(_Strict):
     """A whole training run."""
 
@@ -191,6 +202,15 @@ class TrainConfig(_Strict):
     sampled_softmax: Positive | None = None
     device: str = "cpu"
     autocast: Literal["bfloat16"] | None = None
+    pool: PoolConfig | None = None
+
+    @model_validator(mode="after")
+    def _has_what_a_pool_needs(self) -> Self:
+        if self.pool and self.model.middle.kind != "moe":
+            raise ValueError("pool needs model.middle.kind: moe, whose experts it holds")
+        if self.pool and self.autocast:
+            raise ValueError("pool keeps experts in float32: no autocast beside it")
+        return self
 
     @model_validator(mode="after")
     def _samples_by_frequency(self) -> Self:

@@ -73,10 +73,7 @@ class LocalExperts(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        if min(num_experts, d_model, d_hidden) < 1:
-            raise GateError(f"experts need sizes above 0, not {num_experts=}, {d_model=}, {d_hidden=}")
-        if activation not in _HIDDEN:
-            raise GateError(f"unknown activation {activation!r}", hint=f"one of {', '.join(_HIDDEN)}")
+        check_sizes(num_experts, d_model, d_hidden, activation)
         self.num_experts = num_experts
         self.d_model = d_model
         self.d_hidden = d_hidden
@@ -110,6 +107,18 @@ class LocalExperts(nn.Module):
     def extra_repr(self) -> str:
         """Shows the sizes in `print(module)`."""
         return f"{self.num_experts}, {self.d_model}, {self.d_hidden}, activation={self.activation!r}"
+
+
+def check_sizes(num_experts: int, d_model: int, d_hidden: int, activation: str) -> None:
+    """Refuses experts that cannot be.
+
+    Raises:
+        GateError: A size below 1, or an unknown activation.
+    """
+    if min(num_experts, d_model, d_hidden) < 1:
+        raise GateError(f"experts need sizes above 0, not {num_experts=}, {d_model=}, {d_hidden=}")
+    if activation not in _HIDDEN:
+        raise GateError(f"unknown activation {activation!r}", hint=f"one of {', '.join(_HIDDEN)}")
 
 
 def feed_forward(x_RD: Tensor, w_in_EDH: Tensor, w_out_EHD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:

@@ -18,15 +18,15 @@ from moa_ray.moe.checkpoint import (
     Checkpoint,
     list_checkpoints,
     load_checkpoint,
-    load_optimizer,
     load_weights,
-    optimizer_tensors,
     save_checkpoint,
 )
 from moa_ray.moe.config import DataConfig, TrainConfig, load_config
 from moa_ray.moe.errors import CheckpointError, ConfigError, TrainingError
 from moa_ray.moe.interrupt import held_interrupts
 from moa_ray.moe.model import LanguageModel, State, detach_state
+from moa_ray.moe.optim import Adam
+from moa_ray.moe.placed import experts_in_actors
 from moa_ray.moe.report import Report, plot_losses
 from moa_ray.moe.sampled_softmax import sampled_softmax_loss
 from moa_ray.moe.text import Vocabulary, Windows, read_text
@@ -120,12 +120,16 @@ class Trainer:
         self.device = _usable_device(config.device)
         torch.manual_seed(config.seed)
         self.model = config.model.build(len(corpus.vocabulary)).to(self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
+        self.optimizer = Adam(self.model)
         self.step = 0
         self.state: State | None = None
 
     def run(self, *, show: bool) -> TrainResult:
         """Trains until `config.steps`, logging, evaluating and saving on the way."""
+        with experts_in_actors(self.model, self.optimizer, self.config.pool, self.step):
+            return self._run(show)
+
+    def _run(self, show: bool) -> TrainResult:
         config = self.config
         try:
             config.output.mkdir(parents=True, exist_ok=True)
@@ -162,16 +166,13 @@ class Trainer:
         if self.corpus.train.starts_text(self.step):
             self.state = None
         inputs_SB, targets_SB = (t.to(self.device) for t in self.corpus.train[self.step])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optim.rate(self.step)
         with self._autocast():
             x_SBD, state, said = self.model.features(inputs_SB, self.state)
             loss = self._loss(x_SBD, targets_SB)
             total = loss + sum(aux.loss for aux in said)
         self.optimizer.zero_grad()
         total.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
+        self.optimizer.step(self.config.optim.rate(self.step), self.config.optim.clip_norm)
         self.model.end_step()
         self.state = detach_state(state)
         self.step += 1
@@ -194,7 +195,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint; returns its path."""
-        run_tensors = optimizer_tensors(self.model, self.optimizer) | _random_state(self.device)
+        run_tensors = self.optimizer.state() | _random_state(self.device)
         for index, pair in enumerate(self.state or []):
             if pair is not None:
                 run_tensors |= {f"state/{index}/h": pair[0], f"state/{index}/c": pair[1]}
@@ -203,7 +204,7 @@ class Trainer:
             self.config.model.model_dump(mode="json"),
             self.corpus.vocabulary,
             self.corpus.train.layout,
-            self.model.state_dict(),
+            self.optimizer.weights(),
             run_tensors,
         )
         return save_checkpoint(self.config.output / CHECKPOINTS, checkpoint, self.config.keep_checkpoints)
@@ -221,7 +222,7 @@ class Trainer:
         if saved.reads != here:  # a step would be another place in the text
             raise CheckpointError(f"{self.config.output}: the checkpoint reads {saved.reads}, the configuration {here}")
         load_weights(self.model, saved.model)
-        load_optimizer(self.model, self.optimizer, saved.run)
+        self.optimizer.load(saved.run)
         self.state = [
             (saved.run[f"state/{i}/h"].to(self.device), saved.run[f"state/{i}/c"].to(self.device))
             if f"state/{i}/h" in saved.run

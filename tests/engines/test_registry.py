@@ -31,7 +31,7 @@ def graph(engine: str) -> Graph:
     [
         ("{kind: scriptd, model: m}", "g.yaml:4: engines.s.kind: there is no engine kind 'scriptd'.*mean 'scripted'"),
         ("{kind: scripted, modle: m}", "g.yaml:4: engines.s.model: is missing.*is 'modle' meant to be it"),
-        ("{kind: zzz, model: m}", "known kinds: .*llamacpp, openai, scripted.*vllm"),
+        ("{kind: zzz, model: m}", "known kinds: .*llamacpp, moe, openai, scripted.*vllm"),
         ("{kind: scripted, model: m, tfft_s: 1}", "g.yaml:4: engines.s.tfft_s: unknown key.*did you mean 'ttft_s'"),
         ("{kind: scripted, model: m, ttft_s: -1}", "g.yaml:4: engines.s.ttft_s: must be at least 0, not -1"),
         ("{kind: scripted, model: m, faults: [{kind: explode}]}", r"engines.s.faults\[0\].kind: must be 'unavailable'"),

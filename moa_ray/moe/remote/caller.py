@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from moa_ray.moe.errors import ExpertsLost, PoisonedBatch, PoolLost
+from moa_ray.moe.optim import MOMENTS, WEIGHTS
 from moa_ray.moe.remote.forward import Forward
 from moa_ray.moe.remote.peers import GAP, Directory, Patience, Peer, Peers, check_reply
 from moa_ray.moe.remote.rows import Rows, Suspects
-from moa_ray.moe.remote.snapshot import WEIGHTS, Sizes
+from moa_ray.moe.remote.snapshot import Sizes
 from moa_ray.moe.remote.transport import Channel, ChannelLost, Header, raw, wait_readable
 
 
@@ -160,22 +161,21 @@ class Caller:
                 self._journal = [entry for entry in self._journal if entry.version > durable]
             return self.version
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights of all experts, as `LocalExperts.state_dict` has them; whole, in this process."""
+    def state(self, *, moments: bool = False) -> dict[str, Tensor]:
+        """Weights of all experts, as `LocalExperts.state_dict` has them, or their moments; whole, in this process."""
+        names = [f"{name}.{moment}" for moment in MOMENTS for name in WEIGHTS] if moments else list(WEIGHTS)
         with self._one_at_a_time:
-            shapes = {name: self.sizes.shape(name) for name in WEIGHTS}
-            whole = {
-                n: torch.empty(self.sizes.num_experts, *s, dtype=self.sizes.torch_dtype) for n, s in shapes.items()
-            }
-            missing = set(range(self.sizes.num_experts))
+            experts = self.sizes.num_experts
+            whole = {n: torch.empty(experts, *self.sizes.shape(n), dtype=self.sizes.torch_dtype) for n in names}
+            missing = set(range(experts))
             for peer in self.peers.up():
                 if not missing & set(peer.experts):
                     continue
-                header, payload = peer.ask({"op": "weights"}, (), self.patience.call_s)
+                header, payload = peer.ask({"op": "state", "names": names}, (), self.patience.call_s)
                 flat = payload.view(self.sizes.torch_dtype)
-                for name, shape in shapes.items():
-                    size = len(header["experts"]) * shape[0] * shape[1]
-                    whole[name][header["experts"]] = flat[:size].view(-1, *shape)
+                for tensor in whole.values():
+                    size = len(header["experts"]) * tensor[0].numel()
+                    tensor[header["experts"]] = flat[:size].view(-1, *tensor.shape[1:])
                     flat = flat[size:]
                 missing -= set(header["experts"])
             if missing:

@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
 from moa_ray.moe.errors import CheckpointError, PoolError
-from moa_ray.moe.experts import Activation, LocalExperts
+from moa_ray.moe.experts import Activation, LocalExperts, check_sizes
 from moa_ray.moe.remote.actors import Keeper, RayDirectory
 from moa_ray.moe.remote.autograd import RemoteCall
 from moa_ray.moe.remote.caller import Caller
@@ -98,7 +98,7 @@ class ExpertPool:
         """
         placement = spread(num_experts, shards, replicas, layers)
         source = source or Fresh()
-        LocalExperts(1, d_model, d_hidden, activation=activation)  # its complaints about sizes are ours
+        check_sizes(num_experts, d_model, d_hidden, activation)
         sizes = Sizes(num_experts, d_model, d_hidden, activation, dtype)
         source.check(sizes)
         patience = patience or Patience()
@@ -138,12 +138,19 @@ class ExpertPool:
         return pool
 
     @classmethod
-    def of(cls, local: LocalExperts, shards: int = 1, **options: Any) -> ExpertPool:
-        """A pool of experts that are here already; options as in `launch`."""
-        tensors = {name: tensor.detach() for name, tensor in local.state_dict().items()}
+    def of(cls, local: LocalExperts, shards: int = 1, *, loaded: Loaded | None = None, **options: Any) -> ExpertPool:
+        """A pool of experts that are here already; options as in `launch`.
+
+        Args:
+            local: The experts.
+            shards: As in `launch`.
+            loaded: Their weights with the moments and the version that they have reached.
+            options: As in `launch`.
+        """
+        loaded = loaded or Loaded({name: tensor.detach() for name, tensor in local.state_dict().items()})
         dtype = str(local.w_in_EDH.dtype).removeprefix("torch.")
         sizes = Sizes(local.num_experts, local.d_model, local.d_hidden, local.activation, dtype)
-        return cls.holding(Loaded(tensors), sizes, shards, **options)
+        return cls.holding(loaded, sizes, shards, **options)
 
     @classmethod
     def holding(cls, loaded: Loaded, sizes: Sizes, shards: int = 1, **options: Any) -> ExpertPool:
@@ -227,7 +234,11 @@ class ExpertPool:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights, as `LocalExperts.state_dict` has them; whole, in this process."""
-        return self._caller.weights()
+        return self._caller.state()
+
+    def moments(self) -> tuple[dict[str, Tensor], int]:
+        """Adam's moments, by `WEIGHT.MOMENT`, and the steps done; none before the first step."""
+        return (self._caller.state(moments=True) if self._caller.version else {}), self._caller.version
 
     def save(self, directory: Path | str) -> None:
         """Writes a checkpoint that `resume` reads: weights, moments and steps, each shard its own file."""

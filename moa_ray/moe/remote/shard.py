@@ -22,7 +22,8 @@ from torch.optim.adam import adam
 
 from moa_ray.moe.errors import CheckpointError, PoolLost, StalePool
 from moa_ray.moe.experts import feed_forward
-from moa_ray.moe.remote.snapshot import MOMENTS, WEIGHTS, Loaded, Sizes, Snapshots, Source
+from moa_ray.moe.optim import MOMENTS, WEIGHTS
+from moa_ray.moe.remote.snapshot import Loaded, Sizes, Snapshots, Source
 
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # Adam's own defaults, as in training without a pool
 _HELD_CALLS = 8  # whose graphs are kept for their backward pass; an older one is computed again

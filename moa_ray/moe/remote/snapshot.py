@@ -21,9 +21,8 @@ from torch import Tensor
 
 from moa_ray.moe.errors import CheckpointError
 from moa_ray.moe.experts import Activation
+from moa_ray.moe.optim import MOMENTS, WEIGHTS
 
-WEIGHTS = ("w_in_EDH", "w_out_EHD")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _KEEP = 2  # newest files of a worker: one may have been written just before others died
 
 

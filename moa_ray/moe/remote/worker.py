@@ -94,8 +94,9 @@ class ShardWorker:
             case "greet":
                 seen = shard.greet(header["rank"], header["life"])
                 return {"seen": seen, "version": shard.version, "durable": shard.durable, "pid": os.getpid()}, None
-            case "weights":
-                flat = torch.cat([weight.detach().cpu().flatten() for weight in shard.weights])
+            case "state":
+                held = shard.state().tensors
+                flat = torch.cat([held[name].cpu().flatten() for name in header["names"]])
                 return {"experts": list(shard.experts)}, flat
             case op:
                 raise ValueError(f"unknown operation {op!r}")

@@ -122,7 +122,7 @@ def test_callers_without_the_secret_get_nothing(tmp_path: Path) -> None:
         assert address
         channel = Channel.connect(address, "wrong")
         with pytest.raises(ChannelLost):
-            channel.send({"op": "weights"}, (), time.monotonic() + 5)
+            channel.send({"op": "state", "names": []}, (), time.monotonic() + 5)
             channel.receive(time.monotonic() + 5)
 
 

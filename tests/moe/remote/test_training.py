@@ -87,7 +87,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def same_weights(caller: Caller, local: LocalExperts) -> bool:
-    weights = caller.weights()
+    weights = caller.state()
     return all(torch.equal(weights[name], tensor) for name, tensor in local.state_dict().items())
 
 
