@@ -1,6 +1,6 @@
 """Experts in actors against experts in this process, and against what else moves rows between processes.
 
-    python -m benchmarks.experts [transport] [throughput] [latency] [experts] [kill]
+    python -m benchmarks.experts [transport] [throughput] [latency] [experts] [kill] [balance]
 
 Without arguments all of them. Every figure is a ratio or a time of sides that take turns in one run.
 """
@@ -8,11 +8,13 @@ Without arguments all of them. Every figure is a ratio or a time of sides that t
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -20,8 +22,9 @@ import numpy as np
 import ray
 import torch
 
-from moa_ray.moe import ExpertPool, LocalExperts, MoE, SoftmaxTopK
+from moa_ray.moe import Balancer, ExpertPool, Fresh, LocalExperts, MoE, SoftmaxTopK
 from moa_ray.moe.bench import compare
+from moa_ray.moe.remote.snapshot import Loaded, Sizes
 from moa_ray.moe.remote.transport import Channel, Server, raw
 
 FOUR, SMALL = 4, 0.25
@@ -130,6 +133,56 @@ def kill() -> None:
             )
 
 
+def balance() -> None:
+    """Zipf's load on 8 shards of 32 experts whose compute takes 1 ms a row: rows a second without and with planner."""
+    share_E = 1 / np.arange(1, 33)
+    share_E = np.random.default_rng(0).permutation(share_E / share_E.sum())
+    with ExpertPool.launch(32, 16, 4, shards=8, num_cpus_per_shard=0.1, source=Scripted()) as pool:
+        before = rows_a_second(pool, share_E)
+        print(
+            f"Zipf, 8 shards: {before:.0f} rows/s, busiest worker {pool.load().workers_max_over_mean:.2f} of the mean"
+        )
+        with Balancer(pool, spare=2, every_s=2) as balancer:
+            while_moving = rows_a_second(pool, share_E)
+            after = rows_a_second(pool, share_E)
+        print(f"with the planner ({balancer.moves} moves): {while_moving:.0f}, then {after:.0f} rows/s")
+        print(f"  {after / before:.2f} times as many (wanted: 2); ideal for 8 shards: 8000 rows/s")
+
+
+class Scripted(Fresh):
+    """Experts whose compute takes 1 ms a row, whatever the machine."""
+
+    def load(self, sizes: Sizes, experts: Sequence[int]) -> Loaded:
+        """Comes before the first row."""
+        from moa_ray.moe.remote import shard
+
+        shard.feed_forward = sleeping  # type: ignore[assignment]  # in the worker's process
+        return super().load(sizes, experts)
+
+
+def sleeping(x_RD: torch.Tensor, *_: object) -> torch.Tensor:
+    time.sleep(1e-3 * len(x_RD))
+    return x_RD.clone()
+
+
+def rows_a_second(pool: ExpertPool, share_E: Any, seconds: float = 8.0, callers: int = 16) -> float:
+    """What so many callers at once get through."""
+    until = time.perf_counter() + seconds
+
+    def call(seed: int) -> int:
+        own, draw, done = pickle.loads(pickle.dumps(pool)), np.random.default_rng(seed), 0
+        with torch.no_grad():
+            while time.perf_counter() < until:
+                counts_E = torch.from_numpy(draw.multinomial(64, share_E))
+                own(torch.zeros(64, 16), counts_E)
+                done += 64
+        own.close()
+        return done
+
+    with ThreadPoolExecutor(callers) as threads:
+        return sum(threads.map(call, range(callers))) / seconds
+
+
 def gate(number: int, d_model: int) -> SoftmaxTopK:
     torch.manual_seed(0)
     return SoftmaxTopK(number, 2, d_model=d_model)
@@ -148,7 +201,7 @@ def report(title: str, seconds: dict[str, float]) -> None:
         print(f"  {name:24} {value * 1e3:9.2f} ms   speed {first / value:5.2f}", flush=True)
 
 
-PARTS: Sequence[Callable[[], None]] = (transport, throughput, latency, experts, kill)
+PARTS: Sequence[Callable[[], None]] = (transport, throughput, latency, experts, kill, balance)
 
 
 def main() -> None:

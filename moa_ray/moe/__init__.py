@@ -43,6 +43,7 @@ from moa_ray.moe.layer import MoE, MoEAux
 from moa_ray.moe.model import LanguageModel
 
 if TYPE_CHECKING:
+    from moa_ray.moe.remote.balancer import Balancer
     from moa_ray.moe.remote.hf import shard_experts
     from moa_ray.moe.remote.peers import Patience
     from moa_ray.moe.remote.pool import ExpertPool
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from moa_ray.moe.remote.snapshot import Fresh, Snapshots
 
 _HOMES = {
+    "Balancer": "moa_ray.moe.remote.balancer",
     "ExpertPool": "moa_ray.moe.remote.pool",
     "Fresh": "moa_ray.moe.remote.snapshot",
     "Patience": "moa_ray.moe.remote.peers",
@@ -59,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Balancer",
     "CheckpointError",
     "ConfigError",
     "ExpertChoice",

@@ -20,6 +20,7 @@ from moa_ray.moe.errors import CheckpointError, PoolError
 from moa_ray.moe.experts import Activation, LocalExperts, check_sizes
 from moa_ray.moe.remote.actors import Keeper, RayDirectory
 from moa_ray.moe.remote.autograd import RemoteCall
+from moa_ray.moe.remote.balancer import Load, LoadMeter
 from moa_ray.moe.remote.caller import Caller
 from moa_ray.moe.remote.peers import Patience
 from moa_ray.moe.remote.placement import Placement, check_placement, spread
@@ -257,6 +258,10 @@ class ExpertPool:
     def facts(self) -> Mapping[str, dict[str, Any]]:
         """Of each worker: process, version, rows of each expert so far, seconds busy."""
         return dict(zip(self._actors, ask_all(a.facts.remote() for a in self._actors.values()), strict=True))
+
+    def load(self) -> Load:
+        """Rows of each expert and worker so far, with the paper's measures of balance."""
+        return LoadMeter(self.num_experts).read(self.facts())
 
     def place(self, placement: Placement, *, timeout_s: float = 60.0) -> None:
         """Moves experts between workers, adds and removes workers; calls go on meanwhile.
