@@ -128,7 +128,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(pool: ExpertPool, tmp_path
         pool.place({"shard-0.0": range(5)})  # type: ignore[dict-item]
     with pytest.raises(PoolError, match="rank 1 of 1 callers"):
         pool.caller(1)
-    until(lambda: in_use() == before)
+    until(lambda: in_use() <= before + 1e-6)  # less where the pool before was still leaving
 
 
 def test_a_checkpoint_with_missing_experts_is_refused_by_their_names(tmp_path: Path) -> None:
