@@ -23,6 +23,11 @@ _CONNECT_TIMEOUT_S = 5.0
 _OF_OUR_OWN_CLUSTER = {
     # One event loop in each replica instead of three, and gRPC between replicas: half the CPU of a request.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # The proxies' calls, too, which Ray 2.60 forgets; and room for an answer that is larger than gRPC's 4 MiB.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
+    # Each process would write its metrics ten times a second, for scrapers that come every few seconds.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
     # It would have each gateway answer at a port of its own, too.
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
     # Serve kills an HTTP proxy that takes longer to start than this, and gives up; 5 s is short on a busy machine.
