@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, SecretStr
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from moa_ray import __version__
@@ -28,6 +28,7 @@ from moa_ray.cluster import gate_actor
 from moa_ray.cluster.engine_actor import EngineReplica, HandleEngine
 from moa_ray.cluster.gate_actor import GateReplica
 from moa_ray.cluster.gateway import Gateway, Http
+from moa_ray.cluster.replicas import ReplicaRouter
 from moa_ray.engines import registry
 from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import EngineSpec, Graph, Message, Resources, from_dict
@@ -38,6 +39,7 @@ GATEWAY = "gateway"
 _UNBOUNDED = 100_000
 """Requests that a router or gateway holds; they wait on engines, so this is memory, not work. The gateway admits."""
 _SHUTDOWN_POLL_S = 0.5
+_REPLICA_ROUTER = f"{ReplicaRouter.__module__}.{ReplicaRouter.__name__}"
 _MODEL_OF_GPU = "accelerator_type:"
 """Prefix of the resource that a node with such accelerators has one of, to ask for with a sliver of it."""
 
@@ -196,6 +198,7 @@ def _engine(graph: Graph, name: str, spec: EngineSpec) -> Application:
         version=_hash(_content(spec)),
         **placement(spec),
         max_ongoing_requests=spec.max_ongoing_requests,
+        request_router_config=RequestRouterConfig(request_router_class=_REPLICA_ROUTER),
         **scaling,
         **_patience([graph]),
     )
