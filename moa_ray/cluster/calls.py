@@ -14,9 +14,12 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from moa_ray.errors import ClusterError, MoARayError
+from moa_ray.runtime import AnswerDelta, Event
 
 _GRPC_BYTES = 3 * 1024 * 1024
 """Arguments up to this size go over gRPC, whose messages Serve limits to 4 MiB."""
+_TRIES = 3
+"""Times that a request is sent to routers that die."""
 
 
 class Method:
@@ -81,3 +84,37 @@ def reading(
         raise translate(error) from None
     finally:
         response.cancel()
+
+
+class Sending:
+    """One request to routers that may die.
+
+    Where one does before any of the answer was passed on, the request is to be sent again: to another replica, or to
+    the one that Serve puts in its place. What the first try has used stays in the account.
+
+        while not sending.done:
+            response = ...
+            with sending.reading(response):
+                ...  # and `sending.passes_on(batch)` for each
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._answering = False
+        self._tries = 0
+
+    @contextmanager
+    def reading(self, response: Any) -> Generator[None, None, None]:
+        """As `reading`; not `done` afterwards, and without an error, where the request is to be sent again."""
+        self._tries += 1
+        try:
+            with reading(response):
+                yield
+            self.done = True
+        except RouterLost:
+            if self._answering or self._tries == _TRIES:
+                raise
+
+    def passes_on(self, batch: list[Event]) -> None:
+        """The reader gets `batch`."""
+        self._answering = self._answering or any(isinstance(event, AnswerDelta) for event in batch)

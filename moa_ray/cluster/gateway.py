@@ -11,13 +11,11 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from moa_ray.cluster.calls import Method, RouterLost, reading
+from moa_ray.cluster.calls import Method, Sending
 from moa_ray.graph import Graph, Message
-from moa_ray.runtime import AnswerDelta, Event, RunOptions
+from moa_ray.runtime import Event, RunOptions
 
 _READY_TIMEOUT_S = 5.0
-_TRIES = 3
-"""Times that a request is sent to routers that die."""
 
 
 class RouterBackend:
@@ -44,24 +42,14 @@ class RouterBackend:
     async def stream(
         self, graph: str, messages: list[Message], options: RunOptions
     ) -> AsyncGenerator[list[Event], None]:
-        """Run one request; closing the generator cancels it, down to the engines.
-
-        Where the router dies before any of the answer was passed on, the request is sent again, to another replica or
-        to the one that Serve puts in its place. What the first try has used stays in the account.
-        """
-        answering, tries = False, 0
-        while True:
-            tries += 1
+        """Run one request; closing the generator cancels it, down to the engines. A router may die: see `Sending`."""
+        sending = Sending()
+        while not sending.done:
             response: Any = self._streams[graph](messages, options)
-            try:
-                with reading(response):
-                    async for batch in response:
-                        answering = answering or any(isinstance(event, AnswerDelta) for event in batch)
-                        yield batch
-                return
-            except RouterLost:
-                if answering or tries == _TRIES:
-                    raise
+            with sending.reading(response):
+                async for batch in response:
+                    sending.passes_on(batch)
+                    yield batch
 
     async def unready(self) -> list[str]:
         """Names of the graphs that cannot answer now."""

@@ -15,7 +15,7 @@ from uuid import uuid4
 from ray import serve
 
 from moa_ray.cluster.app import router_of
-from moa_ray.cluster.calls import reading
+from moa_ray.cluster.calls import Sending
 from moa_ray.cluster.deploy import Progress, deploy
 from moa_ray.cluster.session import Session
 from moa_ray.engines import registry as engine_kinds
@@ -80,10 +80,13 @@ class MoA:
         self, prompt: str | Iterable[Message], options: RunOptions | None = None
     ) -> Generator[Event, None, None]:
         """`stream` for code without an event loop. Closing the generator cancels the run."""
-        response: Any = self._handle.remote(conversation(prompt), options or RunOptions())
-        with reading(response):
-            for batch in response:
-                yield from batch
+        messages, sending = conversation(prompt), Sending()
+        while not sending.done:
+            response: Any = self._handle.remote(messages, options or RunOptions())
+            with sending.reading(response):
+                for batch in response:
+                    sending.passes_on(batch)
+                    yield from batch
 
     async def stream(
         self, prompt: str | Iterable[Message], options: RunOptions | None = None
@@ -92,11 +95,14 @@ class MoA:
 
         Closing the generator cancels the run. Raises as `run` does, after the last event.
         """
-        response: Any = self._handle.remote(conversation(prompt), options or RunOptions())
-        with reading(response):
-            async for batch in response:
-                for event in batch:
-                    yield event
+        messages, sending = conversation(prompt), Sending()
+        while not sending.done:
+            response: Any = self._handle.remote(messages, options or RunOptions())
+            with sending.reading(response):
+                async for batch in response:
+                    sending.passes_on(batch)
+                    for event in batch:
+                        yield event
 
     async def answer(self, prompt: str | Iterable[Message]) -> RunResult:
         """`run` for code with an event loop."""
