@@ -175,7 +175,7 @@ class RunResult:
         ledger = Ledger()
         for event in trace:
             ledger.add(event)
-        return cls(end.text, end.usage, ledger.records, end.ttft_s, end.t, end.source, end.note, trace)
+        return cls(end.text, ledger.usage, ledger.records, end.ttft_s, end.t, end.source, end.note, trace)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The trace in its public JSON form."""
