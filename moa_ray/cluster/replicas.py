@@ -12,17 +12,18 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from moa_ray.engines.protocol import EngineRequest
 
-_IMBALANCE = 1.25
-"""A replica that has this times the mean of the calls, and one more, gets no call for the sake of its cache."""
+_SLACK_CALLS, _SLACK_SHARE = 2, 0.25
+"""By so many calls, or by this share of the mean where that is more, a replica may be busier than the least busy one
+and still get a call for the sake of its cache. An engine may do no more than a few calls at once."""
 
 
 class ReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Serve's choice of a replica, for calls that are an `EngineRequest`.
 
     Calls with the same `affinity` go to the same replica (rendezvous hashing, Thaler and Ravishankar 1998, so that a
-    replica more or less moves few of them), unless it has more than its share of the load (bounded loads, Mirrokni et
-    al. 2016). Calls without one go to the less busy of two (Mitzenmacher 2001). Neither goes to a replica that the call
-    avoids while there are others.
+    replica more or less moves few of them), unless it has much more to do than others (as in consistent hashing with
+    bounded loads, Mirrokni et al. 2016). Calls without one go to the less busy of two (Mitzenmacher 2001). Neither
+    goes to a replica that the call avoids while there are others.
     """
 
     async def choose_replicas(
@@ -55,13 +56,13 @@ class ReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
 
 
 def ranked(key: str, ongoing: dict[str, int]) -> Sequence[str]:
-    """Names of replicas, the best for `key` first; those that have more than their share come last.
+    """Names of replicas, the best for `key` first; those that have much more to do than others come last.
 
     Args:
         key: What calls have in common that are best answered by one replica.
         ongoing: Calls of each replica.
     """
-    most = _IMBALANCE * fmean(ongoing.values()) + 1
+    most = min(ongoing.values()) + max(_SLACK_CALLS, _SLACK_SHARE * fmean(ongoing.values()))
 
     def rank(name: str) -> tuple[bool, bytes]:
         return ongoing[name] > most, blake2b(f"{key} {name}".encode(), digest_size=8).digest()

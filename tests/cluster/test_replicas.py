@@ -43,10 +43,18 @@ def test_the_best_replica_of_a_key_is_the_same_while_none_has_more_than_its_shar
 
 
 @given(st.text(), LOADS)
-def test_a_replica_with_more_than_its_share_comes_after_all_others(key: str, loads: dict[str, int]) -> None:
+def test_a_replica_with_much_more_to_do_comes_after_all_others(key: str, loads: dict[str, int]) -> None:
     order, mean = ranked(key, loads), sum(loads.values()) / len(loads)
-    over = [loads[name] > 1.25 * mean + 1 for name in order]
+    over = [loads[name] > min(loads.values()) + max(2, mean / 4) for name in order]
     assert sorted(order) == sorted(loads) and over == sorted(over) and not over[0]
+
+
+@pytest.mark.parametrize(("calls", "least"), [(12, 2), (120, 30)])
+def test_calls_of_one_key_at_once_keep_every_replica_busy(calls: int, least: int) -> None:
+    ongoing = dict.fromkeys("abc", 0)
+    for _ in range(calls):
+        ongoing[ranked("key", ongoing)[0]] += 1
+    assert min(ongoing.values()) >= least
 
 
 def test_keys_spread_evenly() -> None:
