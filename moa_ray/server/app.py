@@ -96,20 +96,20 @@ class _Routes:
     async def _answer(
         self, body: ChatRequest | ResponsesRequest, answer: Answer, request: Request, *, done: bytes
     ) -> Response:
-        pieces = self._pieces(body, answer)
+        pieces = self._pieces(body, answer, request.state.caller)
         if body.stream:
             return await _EventStream.begin(pieces, done, request.state.request_id)
         async with aclosing(pieces):
             return JSONResponse(await anext(pieces))
 
     async def _pieces(
-        self, body: ChatRequest | ResponsesRequest, answer: Answer
+        self, body: ChatRequest | ResponsesRequest, answer: Answer, caller: str
     ) -> AsyncGenerator[dict[str, Any] | None, None]:
         """What is sent: the chunks of a stream, or the whole answer as the only piece."""
         graph, status = self._graph_of(body.model), 499  # the status that nobody reads: the client is gone
         messages, options = conversation(body.conversation), body.run_options()
         try:
-            async with self._admission.place():
+            async with self._admission.place(caller):
                 options = self._paced(options, answer)
                 streams = [self._backend.stream(graph, messages, _nth(options, n)) for n in range(len(answer.choices))]
                 async with aclosing(merged(streams, answer.choices, self._settings.silence_s)) as batches:

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from moa_ray.errors import Overloaded
@@ -93,6 +96,71 @@ async def test_a_wait_that_is_given_up_leaves_its_place_to_others() -> None:
         await asyncio.wait({waiting})
         assert admission.queued == 0
     await asyncio.wait_for(wait(), 1)
+
+
+async def test_callers_with_keys_of_their_own_take_turns_however_many_requests_one_of_them_has() -> None:
+    admission = Admission(ServerSettings(max_running=1, max_queued=10))
+    order: list[str] = []
+
+    async def ask(caller: str) -> None:
+        async with admission.place(caller):
+            order.append(caller)
+            await asyncio.sleep(0)
+
+    async with admission.place("first"):
+        waiting = [asyncio.create_task(ask(caller)) for caller in ("a", "a", "a", "a", "b", "b", "c")]
+        await asyncio.sleep(0)
+        assert admission.queued == 7
+    await asyncio.gather(*waiting)
+    assert order == ["a", "b", "c", "a", "b", "a", "a"]
+    assert (admission.running, admission.queued) == (0, 0)
+
+
+async def test_a_full_queue_refuses_the_last_of_whoever_has_most_in_it() -> None:
+    admission = Admission(ServerSettings(max_running=1, max_queued=3))
+
+    async def ask(caller: str) -> str:
+        try:
+            async with admission.place(caller):
+                return "answered"
+        except Overloaded:
+            return "refused"
+
+    async with admission.place("a"):
+        greedy = [asyncio.create_task(ask("a")) for _ in range(4)]
+        await asyncio.sleep(0)
+        modest = [asyncio.create_task(ask("b")) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert admission.queued == 3
+    assert await asyncio.gather(*greedy) == ["answered", "answered", "refused", "refused"]
+    assert await asyncio.gather(*modest) == ["answered", "refused"]
+    assert (admission.running, admission.queued) == (0, 0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(("stays", "leaves", "late"))), max_size=25))
+def test_no_place_is_lost_whoever_gives_up_and_when(requests: list[tuple[str, str]]) -> None:
+    async def main() -> None:
+        admission = Admission(ServerSettings(max_running=2, max_queued=6))
+
+        async def ask(caller: str) -> None:
+            with suppress(Overloaded):
+                async with admission.place(caller):
+                    await asyncio.sleep(0)
+
+        tasks = []
+        for caller, how in requests:
+            task = asyncio.create_task(ask(caller))
+            tasks.append(task)
+            if how != "stays":
+                for _ in range(how == "late"):
+                    await asyncio.sleep(0)
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (admission.running, admission.queued) == (0, 0)
+        async with asyncio.timeout(5), admission.place("d"), admission.place("d"):
+            pass
+
+    asyncio.run(main())
 
 
 def test_a_client_that_leaves_a_stream_stops_the_engines() -> None:

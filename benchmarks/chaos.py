@@ -1,0 +1,220 @@
+"""What failures cost: SIGKILL under load, a member that is slow, silent or broken, and ten times too many callers.
+
+All engines are scripted, and number their tokens. Run: `python -m benchmarks.chaos [kills|members|overload]`; `kills`
+takes the number of requests and a seed: `python -m benchmarks.chaos kills 5000 1`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from benchmarks.serving import _PORT, _URL
+from moa_ray.client import AsyncClient, Delta
+from moa_ray.cluster import Session
+from moa_ray.cluster.deploy import deploy
+from moa_ray.cluster.session import Listen
+from moa_ray.engines import Scripted, ScriptedOptions
+from moa_ray.errors import MoARayError
+from moa_ray.graph import Graph, from_dict
+from moa_ray.runtime import Runner
+from moa_ray.server import ServerSettings
+from moa_ray.server.deployed import http
+
+_TOKENS = 60
+_ANSWER = "".join(f"{n} " for n in range(1, _TOKENS + 1))
+
+
+def graph(policy: Mapping[str, Any], *, replicas: int = 1, **options: Any) -> Graph:
+    """Three proposers and an aggregator, an engine each."""
+    engine = {"kind": "scripted", "model": "m", "replicas": replicas, "reply_tokens": _TOKENS, **options}
+    agents = ("a", "b", "c", "chief")
+    return from_dict(
+        {
+            "version": 1,
+            "name": "bench",
+            "engines": {name: engine for name in agents},
+            "agents": {name: {"engine": name} for name in agents},
+            "layers": [["a", "b", "c"]],
+            "aggregator": "chief",
+            "policy": dict(policy),
+        }
+    )
+
+
+# ---------------------------------------------------------------- kills
+
+
+async def kills(requests: int, seed: int) -> None:
+    """Every few seconds a replica of an engine, or the router, gets a SIGKILL."""
+    spec = graph({"retries": 5, "deadline_s": 120}, replicas=2, ttft_s=0.05, itl_s=0.01)
+    deploy([spec], "bench", http=http(ServerSettings()), route_prefix="/", may_grow=True)
+    found: Counter[str] = Counter()
+    killed: Counter[str] = Counter()
+    left = iter(range(requests))
+    started = time.perf_counter()
+    async with AsyncClient(f"{_URL}/v1", retries=0) as client:
+
+        async def caller() -> None:
+            for _ in left:
+                found[await _judged(client)] += 1
+
+        killer = asyncio.create_task(_kill(random.Random(seed), killed))
+        await asyncio.gather(*(caller() for _ in range(16)))
+        killer.cancel()
+    seconds = time.perf_counter() - started
+    print(f"{requests} streamed requests, 16 at once, {seconds:.0f} s, seed {seed}, {sum(killed.values())} SIGKILLs")
+    print(f"  killed                             {dict(killed)}")
+    print(f"  whole answers                      {found['whole']}")
+    print(f"  failed before the first token      {found['failed before']}   limit 0")
+    print(f"  ended with an error after it       {found['failed after']}   (their router died)")
+    print(f"  tokens missing, doubled, or wrong  {found['corrupted']}   limit 0")
+
+
+async def _judged(client: AsyncClient) -> str:
+    text = ""
+    try:
+        async for event in client.stream("why?"):
+            if isinstance(event, Delta):
+                text += event.text
+    except MoARayError:
+        if not text:
+            return "failed before"
+        return "failed after" if _ANSWER.startswith(text) else "corrupted"
+    return "whole" if text == _ANSWER else "corrupted"
+
+
+async def _kill(dice: random.Random, killed: Counter[str]) -> None:
+    while True:
+        await asyncio.sleep(dice.uniform(2, 5))
+        processes = await asyncio.to_thread(_replicas)
+        if processes:
+            name, process = dice.choice(processes)
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+                killed[name] += 1
+
+
+def _replicas() -> list[tuple[str, psutil.Process]]:
+    """Kind and process of each replica of an engine or the router."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            title = (process.cmdline() or [""])[0]
+            kind = next((kind for kind in ("engine", "router") if f":{kind}.bench" in title), None)
+            if kind is not None:
+                found.append((kind, process))
+    return found
+
+
+# ---------------------------------------------------------------- members
+
+_GRACE_S = 0.2
+_BAD: Mapping[str, dict[str, Any]] = {
+    "none": {},
+    "10 x slower": {"slowdown": {"a": 10.0}},
+    "silent for ever": {"faults": [{"agent": "a", "kind": "hang"}]},
+    "failing always": {"faults": [{"agent": "a", "kind": "unavailable"}]},
+    "dying in mid-stream": {"faults": [{"agent": "a", "kind": "unavailable", "after_tokens": 20}]},
+}
+
+
+async def members(requests: int = 12) -> None:
+    """One of three proposers is bad; a quorum of two, and a grace."""
+    print(f"one bad proposer of three, quorum 2, grace {_GRACE_S} s, in process, p50 of {requests}")
+    base_s = 0.0
+    for name, bad in _BAD.items():
+        spec = graph({"quorum": 2, "grace_s": _GRACE_S, "deadline_s": 60}, ttft_s=0.1, itl_s=0.005)
+        engines = {}
+        for engine, own in spec.engines.items():
+            engines[engine] = Scripted(ScriptedOptions.model_validate({**own.options, **bad}))
+        run = Runner(spec, engines)
+        times = [(await run.run("why?")).total_s for _ in range(requests)]
+        p50_s = statistics.median(times)
+        base_s = base_s or p50_s
+        asked = len(engines["a"].calls)
+        print(
+            f"  {name:<20} {p50_s:.3f} s, {p50_s / base_s:.2f} x (limit 1.1 and the grace: "
+            f"{1.1 + _GRACE_S / base_s:.2f}), the bad one was asked {asked} times in {requests} requests"
+        )
+
+
+# ---------------------------------------------------------------- overload
+
+
+async def overload(seconds: float = 60.0) -> None:
+    """Ten times as many callers as there are places."""
+    places = 8
+    spec = graph({}, ttft_s=0.2, itl_s=0.01)
+    settings = ServerSettings(max_running=places, max_queued=places)
+    deploy([spec], "bench", http=http(settings), route_prefix="/", may_grow=True)
+    capacity, _, _ = await _load(places, 10)
+    before = _gateway_mib()
+    goodput, refusals, failed = await _load(10 * places, seconds)
+    rows = sorted(refusals)
+    print(f"{10 * places} callers on {places} places and a queue of {places}, {seconds:.0f} s, whole answers")
+    print(f"  goodput {goodput:.2f}/s of {capacity:.2f}/s without overload: {goodput / capacity:.2f} (at least 0.9)")
+    print(f"  {len(rows)} refusals, p50 {statistics.median(rows) * 1e3:.0f} ms (limit 50), {failed} other failures")
+    print(f"  memory of the gateway {before:.0f} MiB before, {_gateway_mib():.0f} MiB after")
+
+
+async def _load(callers: int, seconds: float) -> tuple[float, list[float], int]:
+    """Answers a second, seconds to each refusal, other failures."""
+    good, failed, refusals = 0, 0, []
+    ends = time.perf_counter() + seconds
+    async with AsyncClient(f"{_URL}/v1", retries=0) as client:
+
+        async def caller() -> None:
+            nonlocal good, failed
+            while time.perf_counter() < ends:
+                asked = time.perf_counter()
+                try:
+                    await client.run("why?")
+                    good += 1
+                except MoARayError as error:
+                    if error.http_status != 429:
+                        failed += 1
+                        continue
+                    refusals.append(time.perf_counter() - asked)
+                    await asyncio.sleep(0.5)  # less than the server asks for
+
+        await asyncio.gather(*(caller() for _ in range(callers)))
+    return good / seconds, refusals, failed
+
+
+def _gateway_mib() -> float:
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "bench:gateway" in (process.cmdline() or [""])[0]:
+                total += process.memory_info().rss
+    return total / 2**20
+
+
+def main(arguments: Sequence[str]) -> None:
+    wanted, *numbers = arguments or ["members"]
+    if wanted == "members":
+        asyncio.run(members())
+        return
+    measure: Callable[[], Coroutine[Any, Any, None]] = overload
+    if wanted == "kills":
+        requests, seed = (int(number) for number in [*numbers, "5000", "1"][:2])
+        measure = lambda: kills(requests, seed)  # noqa: E731
+    session = Session("local", Listen(port=_PORT))
+    try:
+        asyncio.run(measure())
+    finally:
+        session.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
