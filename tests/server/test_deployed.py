@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -143,6 +145,22 @@ def test_a_client_that_leaves_stops_every_engine(stream: bool) -> None:
             with pytest.raises(httpx2.TimeoutException):
                 gone.result()
         until(lambda: ongoing() == 0)
+
+
+def test_a_reader_that_does_not_read_holds_no_place() -> None:
+    words = 20_000
+    with up(panel(chief={"reply_tokens": words})) as url, socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(30)
+        slow.connect(("127.0.0.1", HTTP_PORT))
+        body = json.dumps({"model": "panel", "messages": WHY, "stream": True})
+        path = f"{url.rpartition('/')[2]}/v1/chat/completions"
+        head = f"POST /{path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
+        slow.sendall(f"{head}content-type: application/json\r\n\r\n{body}".encode())
+        until(lambda: 'moa_ray_requests_total{model="panel",status="200"} 1.0' in httpx2.get(f"{url}/metrics").text)
+        assert "moa_ray_requests_running 0.0" in httpx2.get(f"{url}/metrics").text
+        received = b"".join(iter(lambda: slow.recv(65536), b""))
+    assert f"{words} ".encode() in received and b"data: [DONE]" in received
 
 
 def test_scaling_one_engine_moves_nothing_else_and_loses_no_request() -> None:
