@@ -92,6 +92,11 @@ class Forward:
                 continue
             peer = next(p for p in self._peers.up() if p.name == name)
             assert peer.channel
+            if wait_readable(
+                [peer.channel], 0
+            ):  # nothing was asked, so this is its end: it died, but not of these rows
+                self._peers.lose(peer)
+                continue
             try:
                 header = self._header | self._rows.header(experts)
                 peer.channel.send(header, self._rows.views(experts), deadline)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -68,16 +69,22 @@ def step_both(pool: ExpertPool, local: LocalExperts) -> None:
 ADAM: dict[str, Any] = {}
 
 
+def kill(*pids: int) -> None:
+    """SIGKILL, and wait for the end: rows that are sent to a worker in its last moment are taken for its murderers."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
 def test_training_on_actors_that_are_killed_and_moved_equals_training_here(
     pool: ExpertPool, local: LocalExperts, tmp_path: Path
 ) -> None:
     step_both(pool, local)
     facts = pool.facts()
     assert facts["shard-0.0"]["version"] == 1
-    os.kill(facts["shard-0.0"]["pid"], signal.SIGKILL)  # its replica goes on
+    kill(facts["shard-0.0"]["pid"])  # its replica goes on
     step_both(pool, local)
-    for name in ("shard-1.0", "shard-1.1"):
-        os.kill(facts[name]["pid"], signal.SIGKILL)  # nobody has these experts: Ray restarts the actors
+    kill(facts["shard-1.0"]["pid"], facts["shard-1.1"]["pid"])  # nobody has these experts: Ray restarts the actors
     step_both(pool, local)
     pool.place({"shard-0.0": (0, 3, 5), "shard-1.0": (1, 2), "new": (2, 4)})
     step_both(pool, local)
