@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from uuid import uuid4
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,7 +50,8 @@ class Edge:
             await send(message)
 
         try:
-            if scope["path"].startswith(_GUARDED) and scope["method"] != "OPTIONS":
+            # Not `scope["path"]`: below a route prefix that begins with the prefix.
+            if get_route_path(scope).startswith(_GUARDED) and scope["method"] != "OPTIONS":
                 scope["state"]["caller"] = _caller(headers, self._keys)
             receive = await _with_body(headers, receive, self._max_body_bytes)
             await self._app(scope, receive, send_with_id)

@@ -123,6 +123,14 @@ def test_a_graph_is_called_as_an_openai_model_and_so_is_each_agent() -> None:
         assert response.status_code == 200 and len(response.headers.get_list("x-request-id")) == 1
 
 
+def test_below_a_route_prefix_a_key_is_needed_too() -> None:
+    with up(panel(), settings=ServerSettings(api_keys=(SecretStr("sk-one"),))) as url:
+        with pytest.raises(openai.AuthenticationError):
+            client(url).chat.completions.create(model="panel", messages=WHY)
+        keyed = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-one", max_retries=0)
+        assert keyed.chat.completions.create(model="panel", messages=WHY).choices
+
+
 def test_several_graphs_are_several_models() -> None:
     other = from_dict({**panel().spec.model_dump(exclude_unset=True), "name": "other"})
     with up(panel(), other) as url:
