@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 from statistics import fmean
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from moa_ray.engines.protocol import EngineRequest
 
@@ -24,22 +25,43 @@ class ReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     replica more or less moves few of them), unless it has much more to do than others (as in consistent hashing with
     bounded loads, Mirrokni et al. 2016). Calls without one go to the less busy of two (Mitzenmacher 2001). Neither
     goes to a replica that the call avoids while there are others.
+
+    What a replica has to do is counted here, call by call, as in "least outstanding requests". Serve's own count
+    takes over what a replica says when it accepts a call; where that comes late, calls that are over stay in it, and
+    the replica stands idle for as long as Serve believes it (10 s).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ongoing: Counter[str] = Counter()
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Count a call that is sent."""
+        super().on_send_request(replica_id)
+        self._ongoing[replica_id.unique_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Count a call that is over, whichever way."""
+        super().on_request_completed(replica_id, internal_request_id)
+        self._ongoing[replica_id.unique_id] -= 1
+        if self._ongoing[replica_id.unique_id] <= 0:
+            del self._ongoing[replica_id.unique_id]
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Replicas in the order in which they are to be tried; of several in one place the less busy one."""
+        """Replicas in the order in which they are to be tried."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
         request = _request(pending_request)
         wanted = [each for each in candidate_replicas if each.replica_id.unique_id not in request.avoid]
         pool = wanted or candidate_replicas
         if not request.affinity:
-            return [random.sample(pool, min(2, len(pool)))]
-        ongoing = {each.replica_id.unique_id: self.replica_queue_len_cache.get(each.replica_id) or 0 for each in pool}
+            pool = random.sample(pool, min(2, len(pool)))
         by_id = {each.replica_id.unique_id: each for each in pool}
-        return [[by_id[name]] for name in ranked(request.affinity, ongoing)]
+        ongoing = {name: self._ongoing[name] for name in by_id}
+        names = ranked(request.affinity, ongoing) if request.affinity else sorted(by_id, key=self._ongoing.__getitem__)
+        return [[by_id[name]] for name in names]
 
     def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
         """Give `replica` to the call that it was chosen for.

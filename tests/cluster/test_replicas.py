@@ -78,6 +78,7 @@ GRAPH = {
     "aggregator": "chief",
     "policy": {"quorum": 3, "grace_s": 0, "deadline_s": 60},
 }
+SLOW = {"kind": "scripted", "model": "m", "replicas": 3, "concurrency": 2, "ttft_s": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,21 @@ async def test_calls_of_one_router_at_once_do_not_wait_for_each_other(engine: Ha
             "1/stuck": "cancelled",
             **dict.fromkeys(("1/a", "1/b", "1/c", "answer"), "finished"),
         }
+
+
+@serving
+async def test_no_replica_stands_idle_while_others_have_a_queue(ray_cluster: None) -> None:
+    graph = {"engines": {"few": SLOW}, "agents": {"a": {"engine": "few"}}, "layers": [["a"]], "aggregator": "a"}
+    with Session():
+        deploy([from_dict({"version": 1, "name": "queue", **graph})], "queue")
+        engine = HandleEngine("few", serve.get_deployment_handle(deployment_of("queue", "few"), "queue"))
+
+        async def caller() -> Counter[str]:
+            return Counter([await replica_of(engine, affinity="of all") for _ in range(25)])
+
+        for_each = sum(await asyncio.gather(*(caller() for _ in range(12))), Counter[str]())
+        serve.delete("queue")
+    assert len(for_each) == 3 and min(for_each.values()) > 60, for_each
 
 
 @serving
