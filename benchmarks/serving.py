@@ -37,7 +37,7 @@ from moa_ray.server.deployed import http
 _PORT = 8731
 _URL = f"http://127.0.0.1:{_PORT}"
 _WHY: Any = [{"role": "user", "content": "why?"}]
-_CALLERS, _ROUNDS = 50, 6
+_CALLERS, _ROUNDS, _TURNS = 50, 4, 3
 _LIMIT_CPU = 2.0
 """Times what the best peer's client alone spends on the same calls."""
 
@@ -83,19 +83,28 @@ class Endpoint:
 Call = Callable[[], Coroutine[Any, Any, Any]]
 
 
+_NAMES = ("a", "b", "c", "chief")
+
+
 @contextmanager
-def by_hand(
-    layers: int, options: dict[str, Any], client: Callable[..., Any] = openai.AsyncOpenAI, *, stream: bool = False
-) -> Iterator[tuple[Call, Call]]:
-    """Makes the calls of `graph(layers)` with a client an endpoint, an endpoint an agent; and closes the clients.
+def endpoints(options: dict[str, Any]) -> Iterator[None]:
+    """The agents of `graph()`, each an endpoint of its own."""
+    script = ScriptedOptions.model_validate(options)
+    for name in _NAMES:
+        serve.run(Endpoint.bind(script), name=name, route_prefix=f"/{name}")
+    try:
+        yield
+    finally:
+        for name in _NAMES:
+            serve.delete(name)
+
+
+def by_hand(layers: int, client: Callable[..., Any] = openai.AsyncOpenAI, *, stream: bool = False) -> tuple[Call, Call]:
+    """Makes the calls of `graph(layers)` with a client an endpoint; and closes the clients.
 
     With `stream`, the answer is read as it comes.
     """
-    names = ("a", "b", "c", "chief")
-    script = ScriptedOptions.model_validate(options)
-    for name in names:
-        serve.run(Endpoint.bind(script), name=name, route_prefix=f"/{name}")
-    clients = {name: client(base_url=f"{_URL}/{name}/v1", api_key="none") for name in names}
+    clients = {name: client(base_url=f"{_URL}/{name}/v1", api_key="none") for name in _NAMES}
 
     async def ask(name: str, content: str, stream: bool = False) -> str:
         messages = [{"role": "user", "content": content}]
@@ -107,7 +116,7 @@ def by_hand(
     async def once() -> str:
         content = "why?"
         for _ in range(layers):
-            drafts = await asyncio.gather(*(ask(name, content) for name in names[:3]))
+            drafts = await asyncio.gather(*(ask(name, content) for name in _NAMES[:3]))
             content = "why?\n" + "\n".join(drafts)
         return await ask("chief", content, stream)
 
@@ -115,11 +124,7 @@ def by_hand(
         for client in clients.values():
             await client.close()
 
-    try:
-        yield once, close
-    finally:
-        for name in names:
-            serve.delete(name)
+    return once, close
 
 
 # ---------------------------------------------------------------- measuring
@@ -139,11 +144,11 @@ def client_cpu_s(ask: Call, close: Call) -> float:
     async def rounds() -> float:
         await asyncio.gather(*(ask() for _ in range(_CALLERS)))
         before = time.process_time()
-        for _ in range(_ROUNDS):
+        for _ in range(2):
             await asyncio.gather(*(ask() for _ in range(_CALLERS)))
         used_s = time.process_time() - before
         await close()
-        return used_s / (_CALLERS * _ROUNDS)
+        return used_s / (_CALLERS * 2)
 
     with asyncio.Runner() as runner:
         return runner.run(rounds())
@@ -170,11 +175,17 @@ def _whole(caller: openai.OpenAI) -> None:
     caller.chat.completions.create(model="bench", messages=_WHY)
 
 
-def many(url: str, ask: Callable[[openai.OpenAI], None], callers: int, rounds: int) -> tuple[list[float], int]:
-    """Seconds of each of `rounds` calls of `callers` callers at once, and how many failed."""
+def many(
+    url: str, ask: Callable[[openai.OpenAI], None], callers: int, rounds: int, spread_s: float = 0.0
+) -> tuple[list[float], int]:
+    """Seconds of each of `rounds` calls of `callers` callers at once, and how many failed.
 
-    def one(_: int) -> tuple[list[float], int]:
+    The callers start within `spread_s`: each is a person of their own, who does not ask in step with the others.
+    """
+
+    def one(number: int) -> tuple[list[float], int]:
         times, failed = [], 0
+        time.sleep(spread_s * number / callers)
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as caller:
             for _ in range(rounds):
                 started = time.perf_counter()
@@ -196,8 +207,8 @@ def overhead() -> None:
     with served(graph(1, reply="x")) as url:
         client = openai.AsyncOpenAI(base_url=url, api_key="none")
         ours = p50_ms(lambda: client.chat.completions.create(model="bench", messages=_WHY), client.close)
-    with by_hand(1, {"reply": "x"}) as (once, close):
-        hand = p50_ms(once, close)
+    with endpoints({"reply": "x"}):
+        hand = p50_ms(*by_hand(1))
     print(f"  through moa-ray        {ours:6.1f} ms   limit 40 ms")
     print(f"  by hand, AsyncOpenAI   {hand:6.1f} ms   ratio {ours / hand:.2f}, limit 1.5")
 
@@ -207,28 +218,36 @@ def concurrent() -> None:
     timed = {"ttft_s": 0.2, "itl_s": 0.01, "reply_tokens": 60}
     floor_s = 3 * (0.2 + 59 * 0.01)
     print(f"{_CALLERS} callers, 3 x 2 + 1 calls of 0.79 s, floor {floor_s:.2f} s")
-    modes = {"whole": _whole, "streamed": _streamed}
-    ours_s: dict[str, float] = {}
-    with served(graph(2, **timed)) as url:
-        for name, ask in modes.items():
-            many(url, ask, _CALLERS, 1)
-            before, started = cpu_s(), time.perf_counter()
-            times, failed = many(url, ask, _CALLERS, _ROUNDS)
-            busy_s, wall_s = cpu_s() - before, time.perf_counter() - started
-            p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
-            ours_s[name] = busy_s / len(times)
+    with served(graph(2, **timed)) as url, endpoints(timed):
+        for name, ask in {"whole": _whole, "streamed": _streamed}.items():
+            _loaded(f"{name}, begun in one moment", url, ask, 1, 0.0, floor_s)
+            spent_s: dict[str, list[float]] = {}
+            for _ in range(_TURNS):  # in turns, as the machine is not always as fast
+                ours_s = _loaded(f"{name}, begun one by one", url, ask, _ROUNDS, floor_s, floor_s)
+                spent_s.setdefault("moa-ray", []).append(ours_s)
+                for peer, client in _peers().items():
+                    calls = by_hand(2, client, stream=name == "streamed")
+                    spent_s.setdefault(peer, []).append(client_cpu_s(*calls))
+            mean_s = {who: statistics.fmean(each) for who, each in spent_s.items()}
+            ours_s = mean_s.pop("moa-ray")
+            alone = ", ".join(f"{peer} {each_s * 1e3:.0f} ms" for peer, each_s in mean_s.items())
             print(
-                f"  {name:<10} p50 {p50 / floor_s:.2f} x floor, p99/p50 {p99 / p50:.2f} (limit 1.3), {failed} failed, "
-                f"{ours_s[name] * 1e3:.0f} ms of CPU a request in all of ours, {busy_s / wall_s:.2f} cores"
+                f"  {name}: {ours_s * 1e3:.0f} ms of CPU a request in all of ours; "
+                f"by hand, in the client alone: {alone}; "
+                f"ratio to the best {ours_s / min(mean_s.values()):.2f} (limit {_LIMIT_CPU})"
             )
-    for name in modes:
-        spent_s = {}
-        for peer, client in _peers().items():
-            with by_hand(2, timed, client, stream=name == "streamed") as (once, close):
-                spent_s[peer] = client_cpu_s(once, close)
-        alone = ", ".join(f"{peer} {each_s * 1e3:.0f} ms" for peer, each_s in spent_s.items())
-        ratio = ours_s[name] / min(spent_s.values())
-        print(f"  {name:<10} by hand, the client alone: {alone}; ours x {ratio:.2f} (limit {_LIMIT_CPU})")
+
+
+def _loaded(
+    what: str, url: str, ask: Callable[[openai.OpenAI], None], rounds: int, spread_s: float, floor_s: float
+) -> float:
+    """CPU seconds that all of ours spend on a request under `_CALLERS` callers; prints how long a request takes."""
+    before = cpu_s()
+    times, failed = many(url, ask, _CALLERS, rounds, spread_s)
+    used_s = cpu_s() - before
+    p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
+    print(f"  {what}: p50 {p50 / floor_s:.2f} x floor, p99/p50 {p99 / p50:.2f} (limit 1.3), {failed} failed")
+    return used_s / len(times)
 
 
 def _peers() -> dict[str, Callable[..., Any]]:

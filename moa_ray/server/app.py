@@ -36,8 +36,8 @@ from moa_ray.server.settings import ServerSettings
 Answer = Chat | ResponseAnswer
 _PIECE_EVERY_S = 0.02
 """How often a reader is told of more text: to people this is at once."""
-_MOST_PIECES_A_SECOND = 1000
-"""To all readers together. A piece costs a millisecond of CPU on its way here, so a core carries about as many."""
+_MOST_PIECES_A_SECOND = 500
+"""To all readers together. A piece costs two milliseconds of CPU on its way here, so a core carries about as many."""
 _SILENCE = b": keep-alive\n\n"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": problems.ProblemBody} for status in (400, 401, 404, 413, 429, 500, 502, 503, 504)
