@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from os.path import commonprefix
 from typing import Any
 
-from moa_ray.engines import Engine, registry
+from moa_ray.engines import Chunk, Engine, EngineRequest, registry
 from moa_ray.graph import EngineSpec, Graph, Message, from_dict
 from moa_ray.runtime import AgentFinished, CallRecord, Runner, RunResult
 
@@ -141,22 +142,51 @@ async def turns(kind: str, model: str, options: Mapping[str, Any]) -> None:
     for prompt in ("stable", "woven"):
         for mode in ("barrier", "overlap"):
             engines = await made(spec, ("panel", "chief"))
-            runner = Runner(graph(1, prompt, _MODES[mode], spec.model_dump(), 60), engines)
+            chief = _Heard(engines["chief"])
+            runner = Runner(graph(1, prompt, _MODES[mode], spec.model_dump(), 60), {**engines, "chief": chief})
             history: list[Message] = []
-            prompts = cached = cacheable = known = 0
+            prompts = cached = cacheable = 0
             for question in _QUESTIONS:
                 history.append({"role": "user", "content": question})
                 result = await runner.run(history)
                 usage = result.agents[-1].usage
                 prompts, cached = prompts + usage.prompt_tokens, cached + usage.cached_tokens
-                cacheable += known
-                known = await engines["chief"].count_tokens(tuple(history))
+                cacheable += await chief.cacheable()
                 history.append({"role": "assistant", "content": result.text})
             await closed(engines)
             of_what_can = f", {cached / cacheable:.0%} of the turns before" if mode == "barrier" else ""
             print(
                 f"  {prompt:<7}{mode:<14}{cached} of {prompts} cached ({cached / prompts:.0%}{of_what_can})", flush=True
             )
+
+
+class _Heard:
+    """An engine, and the prompts that it got."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._prompts: list[tuple[Message, ...]] = [()]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
+        self._prompts.append(request.messages)
+        async for chunk in self._engine.stream(request):
+            yield chunk
+
+    async def cacheable(self) -> int:
+        """Tokens with which the last two prompts begin alike."""
+        shared: list[Message] = []
+        for one, other in zip(*self._prompts[-2:], strict=False):
+            text = commonprefix([str(one["content"]), str(other["content"])])  # noqa: RUF071 # letters are meant
+            if one["role"] == other["role"] and text:
+                shared.append({"role": one["role"], "content": text})
+            if one != other:
+                break
+        x: Message = {"role": "user", "content": "x"}
+        ends = await self.count_tokens((x, x)) - await self.count_tokens((x,)) - 1  # what a template puts after a text
+        return max(0, await self.count_tokens(tuple(shared)) - ends) if shared else 0
 
 
 async def main(arguments: Sequence[str]) -> None:

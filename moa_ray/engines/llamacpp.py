@@ -32,6 +32,11 @@ from moa_ray.graph.spec import Resources
 
 _BATCH_TOKENS = 256
 """Prompt tokens that go through the model at once: how long a cut or another slot's next token may have to wait."""
+_LEAST_SHARED = 0.02
+"""The share of a prompt that a slot must hold to be given it; else it begins anew in the slot unused for longest.
+
+The second turn of a conversation has little but the first question in common with the long prompt before it.
+"""
 _PARKED_PROMPTS_MIB = 512
 """Host memory for the prefixes of prompts that have lost their slot to others."""
 _LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes on Linux, 104 on macOS
@@ -237,6 +242,7 @@ def _params(xllamacpp: Any, path: Path, socket: Path, options: LlamaCppOptions, 
     params.kv_unified = False
     params.n_batch = params.n_ubatch = _BATCH_TOKENS
     params.cache_ram_mib = _PARKED_PROMPTS_MIB
+    params.slot_prompt_similarity = _LEAST_SHARED  # what else the slot held is parked, not lost
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     if options.gpu_layers is not None:
         params.n_gpu_layers = options.gpu_layers
