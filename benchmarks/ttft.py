@@ -25,7 +25,12 @@ _MODES: Mapping[str, dict[str, Any]] = {
 _SCRIPT = {"ttft_s": 0.2, "itl_s": 0.01, "reply_tokens": 300, "prefill_s_per_token": 0.0005}
 _REAL: Mapping[str, Mapping[str, Any]] = {
     "llamacpp": {"context_window": 2048, "slots": 4, "resources": {"num_cpus": 1}},
-    "vllm": {"device": "cpu", "context_window": 2048, "resources": {"num_cpus": 1}},
+    "vllm": {
+        "device": "cpu",
+        "context_window": 2048,
+        "engine_kwargs": {"block_size": 16},  # as on GPUs; a prefix is cached in whole blocks, of 128 tokens on CPUs
+        "resources": {"num_cpus": 1},
+    },
 }
 _QUESTIONS = (
     "Why is the sky blue? Explain it at length.",

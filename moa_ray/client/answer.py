@@ -30,9 +30,13 @@ class AgentCall:
         layer: Layer, from 1.
         state: `finished`, `failed` or `cancelled`.
         attempts: Times it was sent to the engine.
+        retries: Those after a failure.
+        hedges: Those that raced another one.
+        cancelled: Those that were cut off.
         prompt_tokens: Of all attempts.
         completion_tokens: Of all attempts.
         cached_tokens: The part of the prompt that needed no prefill.
+        warmed_tokens: Tokens of prefilling its prompt ahead.
         started_s: Seconds from the run's start.
         ttft_s: Seconds from the successful attempt's start to its first token.
         seconds: Seconds it took, retries included.
@@ -45,9 +49,13 @@ class AgentCall:
     layer: int
     state: str
     attempts: int
+    retries: int
+    hedges: int
+    cancelled: int
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    warmed_tokens: int
     started_s: float
     ttft_s: float | None
     seconds: float

@@ -80,6 +80,7 @@ class Ledger:
         self._records: dict[str, CallRecord] = {}
         self._flying: set[tuple[str, int]] = set()
         self._warmed: defaultdict[str, Usage] = defaultdict(Usage)
+        self._warmed_of: defaultdict[str, Usage] = defaultdict(Usage)
 
     @property
     def records(self) -> tuple[CallRecord, ...]:
@@ -89,8 +90,15 @@ class Ledger:
     @property
     def usage(self) -> Usage:
         """Tokens of all calls and attempts, and of prefilling ahead."""
-        calls = (record.usage for record in self._records.values())
-        return sum((*calls, *self._warmed.values()), Usage())
+        return sum(self.usage_by_agent.values(), Usage())
+
+    @property
+    def usage_by_agent(self) -> dict[str, Usage]:
+        """The same, agent by agent."""
+        used = dict(self._warmed_of)
+        for record in self._records.values():
+            used[record.agent] = used.get(record.agent, Usage()) + record.usage
+        return used
 
     def add(self, event: Event) -> None:
         """Book one event; those that are not of an agent are passed over."""
@@ -99,6 +107,7 @@ class Ledger:
                 self.gate = event
             case AgentWarmed():  # before the call itself; its record begins with it
                 self._warmed[event.call] += event.usage
+                self._warmed_of[event.agent] += event.usage
             case AgentStarted():
                 record = self._record(event)
                 record.warmed, record.stages = self._warmed[event.call], event.stage

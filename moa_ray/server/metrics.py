@@ -62,13 +62,13 @@ class Metrics:
             if choice.ledger.gate is not None:
                 self._add_gate(model, choice.ledger.gate)
             for record in choice.ledger.records:
-                usage = record.usage
                 self._calls.labels(model, record.agent, record.state).inc()
                 for kind in ("retries", "hedges", "cancelled"):
                     self._repeats.labels(model, record.agent, kind).inc(getattr(record, kind))
-                self._tokens.labels(model, record.agent, "prompt").inc(usage.prompt_tokens)
-                self._tokens.labels(model, record.agent, "cached").inc(usage.cached_tokens)
-                self._tokens.labels(model, record.agent, "completion").inc(usage.completion_tokens)
+            for agent, usage in choice.ledger.usage_by_agent.items():
+                self._tokens.labels(model, agent, "prompt").inc(usage.prompt_tokens)
+                self._tokens.labels(model, agent, "cached").inc(usage.cached_tokens)
+                self._tokens.labels(model, agent, "completion").inc(usage.completion_tokens)
 
     def _add_gate(self, model: str, gate: GateDecided) -> None:
         self._gate_s.labels(model).observe(gate.seconds)

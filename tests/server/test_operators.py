@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2
 import openai
@@ -79,6 +81,38 @@ def test_metrics_and_the_account_of_the_answers_agree_where_calls_fail() -> None
             row["attempts"] - 1 for row in own
         )
     assert sum(row["attempts"] - 1 for row in rows) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_metrics_and_the_account_agree_on_hedges_cut_calls_and_prefill_ahead(stream: bool) -> None:
+    agents = {f"a{n}": {"engine": "script", "max_tokens": 40} for n in (1, 2, 3)} | {"chief": {"engine": "script"}}
+    policy = {"quorum": 2, "grace_s": 0.05, "deadline_s": 20, "streaming": "overlap", "hedge": {"budget": 1.0}}
+    slow: dict[str, Any] = {"itl_s": 0.001, "ttft_s": 0.05, "reply_tokens": 40, "slowdown": {"a3": 30.0}}
+    with serving(3, spec={"agents": agents, "policy": policy, "prompt": "woven"}, **slow, replicas=2) as served:
+        ends = []
+        for _ in range(12):
+            body = {"model": "panel", "messages": [{"role": "user", "content": "why? " * 50}], "stream": stream}
+            if stream:
+                body["stream_options"] = {"include_usage": True}
+            answer = httpx2.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
+            events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+            ends.append(json.loads(events[-1] if stream else answer.text))
+        families = text_string_to_metric_families(_get(served, "/metrics").text)
+        samples = [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
+
+    def total(name: str, **labels: str) -> float:
+        return sum(value for each, own, value in samples if each == name and labels.items() <= own.items())
+
+    rows = [row for end in ends for row in end["moa"]["agents"]]
+    for kind, field in (("prompt", "prompt_tokens"), ("completion", "completion_tokens")):
+        assert total("moa_ray_tokens_total", kind=kind) == sum(end["usage"][field] for end in ends)
+    cached = sum(end["usage"]["prompt_tokens_details"]["cached_tokens"] for end in ends)
+    assert total("moa_ray_tokens_total", kind="cached") == cached > 0
+    for kind in ("hedges", "retries", "cancelled"):
+        assert total("moa_ray_repeats_total", kind=kind) == sum(row[kind] for row in rows)
+    for state in ("finished", "cancelled", "failed"):
+        assert total("moa_ray_calls_total", state=state) == sum(row["state"] == state for row in rows)
+    assert sum(row["hedges"] for row in rows) > 0 and sum(row["cancelled"] for row in rows) > 0
 
 
 def test_metrics_and_the_account_tell_what_the_gate_did() -> None:
