@@ -1,7 +1,7 @@
 """What failures cost: SIGKILL under load, a member that is slow, silent or broken, and ten times too many callers.
 
-All engines are scripted, and number their tokens. Run: `python -m benchmarks.chaos [kills|members|overload]`; `kills`
-takes the number of requests and a seed: `python -m benchmarks.chaos kills 5000 1`.
+All engines are scripted, and number their tokens. Run: `python -m benchmarks.chaos [kills|members|node|overload]`;
+`kills` takes the number of requests and a seed: `python -m benchmarks.chaos kills 5000 1`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from contextlib import suppress
 from typing import Any
 
 import psutil
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
 
 from benchmarks.serving import _PORT, _URL
+from moa_ray import MoA
 from moa_ray.client import AsyncClient, Delta
 from moa_ray.cluster import Session
 from moa_ray.cluster.deploy import deploy
@@ -26,7 +29,7 @@ from moa_ray.cluster.session import Listen
 from moa_ray.engines import Scripted, ScriptedOptions
 from moa_ray.errors import MoARayError
 from moa_ray.graph import Graph, from_dict
-from moa_ray.runtime import Runner
+from moa_ray.runtime import AnswerDelta, Runner
 from moa_ray.server import ServerSettings
 from moa_ray.server.deployed import http
 
@@ -74,6 +77,10 @@ async def kills(requests: int, seed: int) -> None:
     seconds = time.perf_counter() - started
     print(f"{requests} streamed requests, 16 at once, {seconds:.0f} s, seed {seed}, {sum(killed.values())} SIGKILLs")
     print(f"  killed                             {dict(killed)}")
+    _print_found(found)
+
+
+def _print_found(found: Counter[str]) -> None:
     print(f"  whole answers                      {found['whole']}")
     print(f"  failed before the first token      {found['failed before']}   limit 0")
     print(f"  ended with an error after it       {found['failed after']}   (their router died)")
@@ -87,10 +94,16 @@ async def _judged(client: AsyncClient) -> str:
             if isinstance(event, Delta):
                 text += event.text
     except MoARayError:
-        if not text:
-            return "failed before"
-        return "failed after" if _ANSWER.startswith(text) else "corrupted"
-    return "whole" if text == _ANSWER else "corrupted"
+        return _judgement(text, ended=False)
+    return _judgement(text, ended=True)
+
+
+def _judgement(text: str, *, ended: bool) -> str:
+    if ended:
+        return "whole" if text == _ANSWER else "corrupted"
+    if not text:
+        return "failed before"
+    return "failed after" if _ANSWER.startswith(text) else "corrupted"
 
 
 async def _kill(dice: random.Random, killed: Counter[str]) -> None:
@@ -114,6 +127,50 @@ def _replicas() -> list[tuple[str, psutil.Process]]:
             if kind is not None:
                 found.append((kind, process))
     return found
+
+
+# ---------------------------------------------------------------- a node
+
+
+def node(requests: int = 200) -> None:
+    """A whole node with half of the replicas dies under load; callers use the Python interface."""
+    spec = graph({"retries": 5, "deadline_s": 120}, replicas=2, ttft_s=0.05, itl_s=0.01, resources={"num_gpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 8})
+    dies = cluster.add_node(num_cpus=8, num_gpus=8)
+    found: Counter[str] = Counter()
+    try:
+        with MoA(spec, address=cluster.address) as moa:
+            actors = list_actors(filters=[("state", "=", "ALIVE"), ("node_id", "=", dies.node_id)], limit=1000)
+            lost = Counter(actor.class_name.split(":")[-1] for actor in actors if "ServeReplica" in actor.class_name)
+
+            async def load() -> None:
+                left = iter(range(requests))
+
+                async def caller() -> None:
+                    for _ in left:
+                        found[await _judged_events(moa)] += 1
+
+                callers = asyncio.gather(*(caller() for _ in range(16)))
+                await asyncio.sleep(2)
+                await asyncio.to_thread(cluster.remove_node, dies, allow_graceful=False)
+                await callers
+
+            asyncio.run(load())
+    finally:
+        cluster.shutdown()
+    print(f"{requests} requests, 16 at once; after 2 s a node dies, with it {dict(lost)}")
+    _print_found(found)
+
+
+async def _judged_events(moa: MoA) -> str:
+    text = ""
+    try:
+        async for event in moa.stream("why?"):
+            if isinstance(event, AnswerDelta):
+                text += event.text
+    except MoARayError:
+        return _judgement(text, ended=False)
+    return _judgement(text, ended=True)
 
 
 # ---------------------------------------------------------------- members
@@ -204,6 +261,9 @@ def main(arguments: Sequence[str]) -> None:
     wanted, *numbers = arguments or ["members"]
     if wanted == "members":
         asyncio.run(members())
+        return
+    if wanted == "node":
+        node()
         return
     measure: Callable[[], Coroutine[Any, Any, None]] = overload
     if wanted == "kills":
