@@ -1,7 +1,8 @@
 """What failures cost: SIGKILL under load, a member that is slow, silent or broken, and ten times too many callers.
 
-All engines are scripted, and number their tokens. Run: `python -m benchmarks.chaos [kills|members|node|overload]`;
-`kills` takes the number of requests and a seed: `python -m benchmarks.chaos kills 5000 1`.
+All engines are scripted, and number their tokens. Run: `python -m benchmarks.chaos WHAT`, which is `kills`, `leave`,
+`members`, `node` or `overload`; `kills` takes the number of requests and a seed:
+`python -m benchmarks.chaos kills 5000 1`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ray.util.state import list_actors
 from benchmarks.serving import _PORT, _URL
 from moa_ray import MoA
 from moa_ray.client import AsyncClient, Delta
-from moa_ray.cluster import Session
+from moa_ray.cluster import Session, operate
 from moa_ray.cluster.deploy import deploy
 from moa_ray.cluster.session import Listen
 from moa_ray.engines import Scripted, ScriptedOptions
@@ -205,6 +206,35 @@ async def members(requests: int = 12) -> None:
         )
 
 
+# ---------------------------------------------------------------- clients that leave
+
+
+async def leave(callers: int = 16, rounds: int = 5) -> None:
+    """Clients that hang up in the middle: how long until no engine works for them any more."""
+    spec = graph({}, ttft_s=0.05, itl_s=0.01, reply_tokens=100_000)
+    deploy([spec], "bench", http=http(ServerSettings()), route_prefix="/", may_grow=True)
+
+    async def until(ongoing: int) -> None:
+        while (
+            sum(each.load.ongoing for each in (await asyncio.to_thread(operate.status, "bench"))[0].engines) != ongoing
+        ):
+            await asyncio.sleep(0.02)
+
+    seconds = []
+    for _ in range(rounds):
+        async with AsyncClient(f"{_URL}/v1", retries=0) as client:
+            asking = [asyncio.ensure_future(client.run("why?")) for _ in range(callers)]
+            await until(3 * callers)
+            for task in asking:
+                task.cancel()
+            left = time.perf_counter()
+            await asyncio.gather(*asking, return_exceptions=True)
+            await until(0)
+            seconds.append(time.perf_counter() - left)
+    print(f"{callers} clients leave in mid-stream, {rounds} times: all engines idle, counters at zero")
+    print(f"  after {', '.join(f'{each:.2f} s' for each in seconds)}   limit 1 s")
+
+
 # ---------------------------------------------------------------- overload
 
 
@@ -265,7 +295,7 @@ def main(arguments: Sequence[str]) -> None:
     if wanted == "node":
         node()
         return
-    measure: Callable[[], Coroutine[Any, Any, None]] = overload
+    measure: Callable[[], Coroutine[Any, Any, None]] = leave if wanted == "leave" else overload
     if wanted == "kills":
         requests, seed = (int(number) for number in [*numbers, "5000", "1"][:2])
         measure = lambda: kills(requests, seed)  # noqa: E731

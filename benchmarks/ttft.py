@@ -28,7 +28,7 @@ _REAL: Mapping[str, Mapping[str, Any]] = {
     "vllm": {
         "device": "cpu",
         "context_window": 2048,
-        "engine_kwargs": {"block_size": 16},  # as on GPUs; a prefix is cached in whole blocks, of 128 tokens on CPUs
+        "engine_kwargs": {"block_size": 32},  # a prefix is cached in whole blocks, of 128 tokens by default
         "resources": {"num_cpus": 1},
     },
 }
@@ -147,7 +147,7 @@ async def turns(kind: str, model: str, options: Mapping[str, Any]) -> None:
     for prompt in ("stable", "woven"):
         for mode in ("barrier", "overlap"):
             engines = await made(spec, ("panel", "chief"))
-            chief = _Heard(engines["chief"])
+            chief = _Heard(engines["chief"], dict(options.get("engine_kwargs", {})).get("block_size", 1))
             runner = Runner(graph(1, prompt, _MODES[mode], spec.model_dump(), 60), {**engines, "chief": chief})
             history: list[Message] = []
             prompts = cached = cacheable = 0
@@ -166,10 +166,11 @@ async def turns(kind: str, model: str, options: Mapping[str, Any]) -> None:
 
 
 class _Heard:
-    """An engine, and the prompts that it got."""
+    """An engine that caches prompts in blocks of so many tokens, and the prompts that it got."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, block: int) -> None:
         self._engine = engine
+        self._block = block
         self._prompts: list[tuple[Message, ...]] = [()]
 
     def __getattr__(self, name: str) -> Any:
@@ -181,7 +182,7 @@ class _Heard:
             yield chunk
 
     async def cacheable(self) -> int:
-        """Tokens with which the last two prompts begin alike."""
+        """Tokens with which the last two prompts begin alike, in whole blocks."""
         shared: list[Message] = []
         for one, other in zip(*self._prompts[-2:], strict=False):
             text = commonprefix([str(one["content"]), str(other["content"])])  # noqa: RUF071 # letters are meant
@@ -191,7 +192,8 @@ class _Heard:
                 break
         x: Message = {"role": "user", "content": "x"}
         ends = await self.count_tokens((x, x)) - await self.count_tokens((x,)) - 1  # what a template puts after a text
-        return max(0, await self.count_tokens(tuple(shared)) - ends) if shared else 0
+        alike = max(0, await self.count_tokens(tuple(shared)) - ends) if shared else 0
+        return alike // self._block * self._block
 
 
 async def main(arguments: Sequence[str]) -> None:
