@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -39,14 +40,16 @@ class Edge:
         """Serve one request."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers = Headers(scope=scope)
+        headers, arrived = Headers(scope=scope), time.perf_counter()
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else f"req-{uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                added = MutableHeaders(scope=message)
+                added["x-request-id"] = request_id
+                added["openai-processing-ms"] = str(round((time.perf_counter() - arrived) * 1e3))
             await send(message)
 
         try:

@@ -111,6 +111,7 @@ def test_paths_and_methods_that_are_not_there_are_told_in_openais_shape(
 
 def test_the_callers_request_id_is_kept_and_a_strange_one_is_not(served: Served) -> None:
     assert _post(served, _chat(), **{"x-request-id": "mine-7"}).headers["x-request-id"] == "mine-7"
+    assert 0 <= int(_post(served, _chat()).headers["openai-processing-ms"]) < 10_000
     assert _post(served, _chat(), **{"x-request-id": "a b" * 99}).headers["x-request-id"].startswith("req-")
     assert _post(served, _chat(model="x"), **{"x-request-id": "mine-8"}).json()["error"]["request_id"] == "mine-8"
 
