@@ -32,8 +32,8 @@ _MAX_KEYS_BYTES = 1_000_000
 
 
 def http(settings: ServerSettings) -> Http:
-    """The gateway that serves with `settings`."""
-    return Http(create_app, settings)
+    """The gateways that serve with `settings`."""
+    return Http(create_app, settings, settings.gateways)
 
 
 def api_keys(file: Path | None = None) -> tuple[SecretStr, ...]:

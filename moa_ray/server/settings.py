@@ -29,5 +29,7 @@ class ServerSettings(BaseModel):
     silence_s: PositiveFloat = 10.0
     """A stream begins after so many seconds at the latest, and is never silent for longer: comments keep it open.
     Until it begins, a failure has its own HTTP status."""
+    gateways: PositiveInt = 1
+    """Replicas of the gateway; one that dies costs its own connections alone."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call from a browser; none by default, `*` for all."""

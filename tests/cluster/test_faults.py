@@ -74,6 +74,16 @@ async def test_an_answer_whose_replicas_are_killed_goes_on_without_a_gap(backend
     await asyncio.to_thread(until, lambda: len(pids("engine.panel.two")) == 2, within_s=60)
 
 
+def test_what_a_call_had_written_before_a_quorum_cut_it_off_is_in_the_account(ray_cluster: None) -> None:
+    one = GRAPH["engines"]["one"] | {"reply_tokens": 100, "slowdown": {"a1": 10.0}}
+    policy = {"quorum": 1, "grace_s": 0.5, "deadline_s": 60}
+    with MoA(from_dict(GRAPH | {"engines": GRAPH["engines"] | {"one": one}, "policy": policy})) as deployed:
+        result = deployed.run("why?")
+    cut, whole = sorted(result.agents[:2], key=lambda record: record.agent)
+    assert (cut.state, whole.state) == ("cancelled", "finished")
+    assert 3 <= cut.usage.completion_tokens < whole.usage.completion_tokens == 100
+
+
 @pytest.fixture(scope="module")
 def moa(ray_cluster: None) -> Iterator[MoA]:
     late = GRAPH["engines"]["two"] | {"ttft_s": 2.0}  # time to kill the router before the answer begins

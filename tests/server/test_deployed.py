@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -292,6 +294,19 @@ def test_a_gate_with_a_model_has_an_actor_of_its_own_and_without_it_everybody_an
         ray.kill(ray.get_actor(name, namespace="serve"))
         assert asked() in (2, 3)  # all of them, or those whom the gate that takes its place picks
         until(lambda: asked() == 2)
+
+
+def test_a_gateway_that_dies_costs_its_own_connections_alone() -> None:
+    callers = 6
+    with up(panel(ttft_s=0.05), settings=ServerSettings(gateways=2)) as url, Load(url, callers) as load:
+        app = url.rpartition("/")[2]
+        load.goes_on()
+        assert len(replicas(app)["gateway"]) == 2
+        pid = next(r["pid"] for r in details_of(app)["deployments"]["gateway"]["replicas"])
+        os.kill(pid, signal.SIGKILL)
+        load.goes_on(100)
+    assert len(load.failures) <= callers
+    assert set(load.texts) == {load.texts[0]}
 
 
 def test_scaling_beyond_the_cluster_is_told_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
