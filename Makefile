@@ -5,12 +5,13 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 VENV := .venv
 VLLM_VENV := .venv-vllm
 CLIENTS_VENV := .venv-clients
+TOOLS := .tools
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
 QUESTION ?= Why is the sky blue? Answer in two sentences.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm lint types unit bench clean
+.PHONY: help setup demo test test-vllm lint types unit bench audit clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,7 +51,17 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@$(VLLM_VENV)/bin/python -c 'import moa_ray, ray.serve.llm'
 	@touch $@
 
-setup: $(VENV)/.dev $(CLIENTS_VENV)/.ready  ## Install everything that developing needs into .venv
+$(TOOLS)/.ready: Makefile
+	@echo "Unpacking Prometheus in $(TOOLS) (once), out of Debian's package"
+	@mkdir -p $(TOOLS)
+	@cd $(TOOLS) && { apt-get download -qq prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb; } 2>/dev/null \
+	  || echo "There are no Debian packages here: tests skip what needs Prometheus, unless it is on the PATH"
+	@command -v chromium google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1; } \
+	  || echo "There is no Chromium here: tests of the playground are skipped"
+	@touch $@
+
+setup: $(VENV)/.dev $(CLIENTS_VENV)/.ready $(TOOLS)/.ready  ## Install everything that developing needs into .venv
 
 demo: $(VENV)/.local  ## Ask three agents and an aggregator a question, with a real model on Ray
 	@$(BIN)/moa-ray models pull smollm2-135m-instruct
@@ -66,7 +77,7 @@ lint: $(VENV)/.dev  ## Style and architecture
 types: $(VENV)/.dev  ## Static types, strict
 	@$(BIN)/mypy
 
-unit: $(VENV)/.dev $(CLIENTS_VENV)/.ready  ## The tests, with coverage
+unit: $(VENV)/.dev $(CLIENTS_VENV)/.ready $(TOOLS)/.ready  ## The tests, with coverage
 	@$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
 
 test-vllm: $(VLLM_VENV)/.ready  ## A graph on vLLM, for real on the CPU, in an environment of its own
@@ -75,5 +86,9 @@ test-vllm: $(VLLM_VENV)/.ready  ## A graph on vLLM, for real on the CPU, in an e
 bench: $(VENV)/.dev  ## The benchmarks; they print ratios
 	@$(BIN)/python -m benchmarks
 
+audit: $(VENV)/.dev  ## Known vulnerabilities of what is installed, by the Python packaging advisory database
+	@$(PIP) pip-audit
+	@$(BIN)/pip-audit --local --skip-editable
+
 clean:  ## Remove what was built
-	@rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*
+	@rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) $(TOOLS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -63,18 +63,11 @@ async def kills(requests: int, seed: int) -> None:
     """Every few seconds a replica of an engine, or the router, gets a SIGKILL."""
     spec = graph({"retries": 5, "deadline_s": 120}, replicas=2, ttft_s=0.05, itl_s=0.01)
     deploy([spec], "bench", http=http(ServerSettings()), route_prefix="/", may_grow=True)
-    found: Counter[str] = Counter()
     killed: Counter[str] = Counter()
-    left = iter(range(requests))
     started = time.perf_counter()
     async with AsyncClient(f"{_URL}/v1", retries=0) as client:
-
-        async def caller() -> None:
-            for _ in left:
-                found[await _judged(client)] += 1
-
         killer = asyncio.create_task(_kill(random.Random(seed), killed))
-        await asyncio.gather(*(caller() for _ in range(16)))
+        found = await _asked(requests, lambda: client.stream("why?"))
         killer.cancel()
     seconds = time.perf_counter() - started
     print(f"{requests} streamed requests, 16 at once, {seconds:.0f} s, seed {seed}, {sum(killed.values())} SIGKILLs")
@@ -89,23 +82,31 @@ def _print_found(found: Counter[str]) -> None:
     print(f"  tokens missing, doubled, or wrong  {found['corrupted']}   limit 0")
 
 
-async def _judged(client: AsyncClient) -> str:
+async def _asked(requests: int, ask: Callable[[], AsyncIterator[Any]]) -> Counter[str]:
+    """What became of so many requests, 16 at once."""
+    found: Counter[str] = Counter()
+    left = iter(range(requests))
+
+    async def caller() -> None:
+        for _ in left:
+            found[await _judged(ask())] += 1
+
+    await asyncio.gather(*(caller() for _ in range(16)))
+    return found
+
+
+async def _judged(events: AsyncIterator[Any]) -> str:
+    """What became of an answer, by its events: the client's, or the runtime's."""
     text = ""
     try:
-        async for event in client.stream("why?"):
-            if isinstance(event, Delta):
+        async for event in events:
+            if isinstance(event, (Delta, AnswerDelta)):
                 text += event.text
     except MoARayError:
-        return _judgement(text, ended=False)
-    return _judgement(text, ended=True)
-
-
-def _judgement(text: str, *, ended: bool) -> str:
-    if ended:
-        return "whole" if text == _ANSWER else "corrupted"
-    if not text:
-        return "failed before"
-    return "failed after" if _ANSWER.startswith(text) else "corrupted"
+        if not text:
+            return "failed before"
+        return "failed after" if _ANSWER.startswith(text) else "corrupted"
+    return "whole" if text == _ANSWER else "corrupted"
 
 
 async def _kill(dice: random.Random, killed: Counter[str]) -> None:
@@ -139,40 +140,22 @@ def node(requests: int = 200) -> None:
     spec = graph({"retries": 5, "deadline_s": 120}, replicas=2, ttft_s=0.05, itl_s=0.01, resources={"num_gpus": 1})
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 8})
     dies = cluster.add_node(num_cpus=8, num_gpus=8)
-    found: Counter[str] = Counter()
     try:
         with MoA(spec, address=cluster.address) as moa:
             actors = list_actors(filters=[("state", "=", "ALIVE"), ("node_id", "=", dies.node_id)], limit=1000)
             lost = Counter(actor.class_name.split(":")[-1] for actor in actors if "ServeReplica" in actor.class_name)
 
-            async def load() -> None:
-                left = iter(range(requests))
-
-                async def caller() -> None:
-                    for _ in left:
-                        found[await _judged_events(moa)] += 1
-
-                callers = asyncio.gather(*(caller() for _ in range(16)))
+            async def load() -> Counter[str]:
+                asking = asyncio.ensure_future(_asked(requests, lambda: moa.stream("why?")))
                 await asyncio.sleep(2)
                 await asyncio.to_thread(cluster.remove_node, dies, allow_graceful=False)
-                await callers
+                return await asking
 
-            asyncio.run(load())
+            found = asyncio.run(load())
     finally:
         cluster.shutdown()
     print(f"{requests} requests, 16 at once; after 2 s a node dies, with it {dict(lost)}")
     _print_found(found)
-
-
-async def _judged_events(moa: MoA) -> str:
-    text = ""
-    try:
-        async for event in moa.stream("why?"):
-            if isinstance(event, AnswerDelta):
-                text += event.text
-    except MoARayError:
-        return _judgement(text, ended=False)
-    return _judgement(text, ended=True)
 
 
 # ---------------------------------------------------------------- members
@@ -215,11 +198,13 @@ async def leave(callers: int = 16, rounds: int = 5) -> None:
     spec = graph({}, ttft_s=0.05, itl_s=0.01, reply_tokens=100_000)
     deploy([spec], "bench", http=http(ServerSettings()), route_prefix="/", may_grow=True)
 
-    async def until(ongoing: int) -> None:
-        while (
-            sum(each.load.ongoing for each in (await asyncio.to_thread(operate.status, "bench"))[0].engines) != ongoing
-        ):
-            await asyncio.sleep(0.02)
+    def ongoing() -> int:
+        return sum(engine.load.ongoing for engine in operate.status("bench")[0].engines)
+
+    async def until(wanted: int) -> None:
+        async with asyncio.timeout(30):
+            while await asyncio.to_thread(ongoing) != wanted:
+                await asyncio.sleep(0.02)
 
     seconds = []
     for _ in range(rounds):
@@ -300,10 +285,13 @@ def main(arguments: Sequence[str]) -> None:
     if wanted == "node":
         node()
         return
-    measure: Callable[[], Coroutine[Any, Any, None]] = leave if wanted == "leave" else overload
-    if wanted == "kills":
-        requests, seed = (int(number) for number in [*numbers, "5000", "1"][:2])
-        measure = lambda: kills(requests, seed)  # noqa: E731
+    requests, seed = (int(number) for number in [*numbers, *("5000", "1")[len(numbers) :]])
+    served: Mapping[str, Callable[[], Coroutine[Any, Any, None]]] = {
+        "kills": lambda: kills(requests, seed),
+        "leave": leave,
+        "overload": overload,
+    }
+    measure = served[wanted]
     session = Session("local", Listen(port=_PORT))
     try:
         asyncio.run(measure())

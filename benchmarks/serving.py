@@ -37,7 +37,7 @@ from moa_ray.server.deployed import http
 _PORT = 8731
 _URL = f"http://127.0.0.1:{_PORT}"
 _WHY: Any = [{"role": "user", "content": "why?"}]
-_CALLERS, _ROUNDS, _TURNS = 50, 4, 3
+_CALLERS, _ROUNDS, _TURNS = 50, 3, 3
 _LIMIT_CPU = 2.0
 """Times what the best peer's client alone spends on the same calls."""
 
@@ -144,11 +144,11 @@ def client_cpu_s(ask: Call, close: Call) -> float:
     async def rounds() -> float:
         await asyncio.gather(*(ask() for _ in range(_CALLERS)))
         before = time.process_time()
-        for _ in range(2):
+        for _ in range(_ROUNDS):
             await asyncio.gather(*(ask() for _ in range(_CALLERS)))
         used_s = time.process_time() - before
         await close()
-        return used_s / (_CALLERS * 2)
+        return used_s / (_CALLERS * _ROUNDS)
 
     with asyncio.Runner() as runner:
         return runner.run(rounds())

@@ -15,6 +15,7 @@ from hypothesis import settings
 settings.register_profile("moa-ray", deadline=None)  # a busy machine is no failure
 settings.load_profile("moa-ray")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["MOA_RAY_RECORDS"] = "off"  # in this user's state folder; a test that wants records says where
 # A shell that starts us in the background has us ignore interrupts, and our children with us.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -25,7 +26,7 @@ HTTP_PORT = 8000 + 13 * (1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").re
 """Where the tests' Serve answers, a port for each worker."""
 
 
-def until(condition: Callable[[], bool], *, within_s: float = 30) -> None:
+def until(condition: Callable[[], bool], *, within_s: float = 120) -> None:
     """Wait for what must become true; bounded."""
     give_up = time.monotonic() + within_s
     while not condition():

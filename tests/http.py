@@ -11,6 +11,13 @@ from typing import Any
 import uvicorn
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
 @contextmanager
 def answering(app: Any) -> Iterator[str]:
     """The ASGI application `app`, served; its URL."""

@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 
 from moa_ray import __version__
-from moa_ray.cli import models, moe
+from moa_ray.cli import bench, evaluation, gate, models, moe, runs
+from moa_ray.cli.options import Address, AsJson
 from moa_ray.engines import registry as engine_kinds
 from moa_ray.errors import MoARayError, RequestError
 from moa_ray.gates import registry as gate_kinds
@@ -27,21 +28,21 @@ app = typer.Typer(
 )
 app.add_typer(models.app, name="models")
 app.add_typer(moe.app, name="moe")
+app.add_typer(gate.app, name="gate")
+app.add_typer(runs.app, name="runs")
+app.command()(bench.bench)
+app.command("eval")(evaluation.evaluate)
+app.command("tune")(evaluation.tune)
 
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="The graph's YAML file.", show_default=False)]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="A running Ray cluster, host:port or auto; a local one is started where there is none.",
-        envvar="RAY_ADDRESS",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else.")]
 
+IMAGE = f"moa-ray:{__version__}"
+"""What `deployments/Containerfile` is built as."""
 
-_EXTRA_OF = {"torch": "moe", "safetensors": "moe", "matplotlib": "moe"}
+_EXTRA_OF = {"torch": "moe", "safetensors": "moe", "matplotlib": "moe", "numpy": "gate", "datasets": "eval"}
 """Extra of the package that brings a module."""
+_EXTRA_OF_COMMAND = {"eval": "eval", "tune": "eval"}
+"""Where several extras bring it: that of the command."""
 
 
 class Picture(StrEnum):
@@ -50,6 +51,13 @@ class Picture(StrEnum):
     terminal = "terminal"
     mermaid = "mermaid"
     svg = "svg"
+
+
+class Target(StrEnum):
+    """Where `moa-ray deploy` deploys to."""
+
+    ray = "ray"
+    kuberay = "kuberay"
 
 
 def main() -> None:
@@ -62,6 +70,7 @@ def main() -> None:
         extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
+        extra = _EXTRA_OF_COMMAND.get(sys.argv[1], extra)
         _fail(MoARayError(f"{error.name} is not installed", hint=f"pip install 'moa-ray[{extra}]'"))
     except BrokenPipeError:  # the reader of our stdout left, as `head` does
         sys.stderr.close()
@@ -182,6 +191,11 @@ def deploy(
     specs: Specs,
     address: Running = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the file for `serve deploy`, do nothing.")] = False,
+    target: Annotated[
+        Target, typer.Option(help="Where to; for `kuberay`, print the file for `kubectl apply`.")
+    ] = Target.ray,
+    image: Annotated[str, typer.Option(help="Container image of KubeRay's pods.")] = IMAGE,
+    redis: Annotated[str, typer.Option(help="HOST:PORT of a Redis that keeps the state of KubeRay's head.")] = "",
     host: Host = "127.0.0.1",
     port: Port = 8000,
     name: Name = None,
@@ -196,7 +210,9 @@ def deploy(
 
     graphs = [_checked(spec) for spec in specs]
     plan = serving.plan(graphs, name, Listen(host, port), route_prefix, api_keys_file, no_auth, settings)
-    if dry_run:
+    if target is Target.kuberay:
+        serving.kuberay_file(plan, specs, image=image, redis=redis)
+    elif dry_run:
         serving.dry_run(plan, specs)
     else:
         serving.deploy(plan, address=address)

@@ -28,7 +28,7 @@ from moa_ray.cluster.session import Listen
 from moa_ray.errors import RequestError
 from moa_ray.graph import Graph, Source
 from moa_ray.graph.spec import Autoscaling
-from moa_ray.server import ServerSettings
+from moa_ray.server import ServerSettings, kuberay
 from moa_ray.server.deployed import KEYS, api_keys, config, http, unique
 
 
@@ -107,8 +107,18 @@ def deploy(plan: Plan, *, address: str | None) -> None:
 
 def dry_run(plan: Plan, specs: Sequence[Path]) -> None:
     """Print the file that `serve deploy` takes in place of `deploy`."""
-    written = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in specs]
-    typer.echo(config(written, plan.app, plan.route_prefix, plan.listen, plan.settings), nl=False)
+    typer.echo(config(_written(specs), plan.app, plan.route_prefix, plan.listen, plan.settings), nl=False)
+
+
+def kuberay_file(plan: Plan, specs: Sequence[Path], *, image: str, redis: str) -> None:
+    """Print the file that `kubectl apply` takes in place of `deploy`."""
+    written = _written(specs)
+    serve_config = config(written, plan.app, plan.route_prefix, Listen("0.0.0.0", kuberay.PORT), plan.settings)
+    typer.echo(kuberay.manifests(plan.graphs, written, plan.app, serve_config, image=image, redis=redis), nl=False)
+
+
+def _written(specs: Sequence[Path]) -> list[Any]:
+    return [yaml.safe_load(path.read_text(encoding="utf-8")) for path in specs]
 
 
 @contextmanager
@@ -188,6 +198,7 @@ def _json(app: AppStatus) -> dict[str, Any]:
                 "gpus": engine.gpus,
                 "ongoing": engine.load.ongoing,
                 "queued": engine.queued,
+                "hint": {"replicas": engine.hint},
                 "failed": engine.load.failed,
                 "calls_per_s": round(engine.load.calls_per_s, 3),
                 "p50_s": _rounded(engine.load.percentile(50)),
@@ -223,7 +234,7 @@ def _table(app: AppStatus, *, with_models: bool) -> Table:
     table.add_column("engine", no_wrap=True)
     if with_models:
         table.add_column("model", overflow="fold")
-    for name in ("up", "GPUs", "calls", "queued", "failed", "per s", "p50 s", "p95 s"):
+    for name in ("up", "hint", "GPUs", "calls", "queued", "failed", "per s", "p50 s", "p95 s"):
         table.add_column(name, justify="right", no_wrap=True)
     for engine in app.engines:
         table.add_row(*_row(engine, with_model=with_models))
@@ -252,6 +263,7 @@ def _row(engine: EngineStatus, *, with_model: bool) -> list[str]:
         f"{engine.graph}/{engine.engine}",
         *([engine.model] if with_model else []),
         f"[red]{up}[/]" if engine.alive < engine.wanted else up,
+        str(engine.hint),
         f"{engine.gpus:g}",
         str(load.ongoing),
         str(engine.queued),

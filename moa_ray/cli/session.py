@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from moa_ray.cluster import MoA
 from moa_ray.engines.catalogue import CATALOGUE
 from moa_ray.errors import MoARayError, ModelNotFound, RequestError
 from moa_ray.graph import Graph, Message, conversation
-from moa_ray.runtime import RunFinished, RunOptions, Timeline, to_json
+from moa_ray.runtime import Event, RunFinished, RunOptions, Timeline, to_json
+from moa_ray.runtime.records import Recorder, default_path
 
 
 def run(
@@ -41,7 +42,7 @@ def run(
     lines = Timeline()
     with up(graph, address) as moa:
         if as_json:
-            for event in moa.events(messages, RunOptions(draft_flush_s=DRAFTS_EVERY_S)):
+            for event in _events(moa, messages):
                 lines.add(event)
                 print(json.dumps(to_json(event), ensure_ascii=False), flush=True)
         else:
@@ -92,17 +93,32 @@ def _question() -> str | None:
         return None
 
 
-def _show(moa: MoA, messages: Iterable[Message], timeline: Timeline | None = None) -> str:
+def _show(moa: MoA, messages: list[Message], timeline: Timeline | None = None) -> str:
     text = ""
-    options = RunOptions(draft_flush_s=DRAFTS_EVERY_S)
-    with View(moa.graph) as view:
-        for event in moa.events(messages, options):
+    with View(moa.graph.depth) as view:
+        for event in _events(moa, messages):
             view.add(event)
             if timeline is not None:
                 timeline.add(event)
             if isinstance(event, RunFinished):
                 text = event.text
     return text
+
+
+def _events(moa: MoA, messages: list[Message]) -> Generator[Event, None, None]:
+    """What happens as `moa` answers, recorded where runs are."""
+    path = default_path()
+    recorder = Recorder(path) if path else None
+    record = recorder.run(messages) if recorder else None
+    try:
+        for event in moa.events(messages, RunOptions(draft_flush_s=DRAFTS_EVERY_S)):
+            if record:
+                record.add(event)
+            yield event
+    finally:
+        if recorder and record:
+            record.close()
+            recorder.close()
 
 
 def fetch_models(graph: Graph) -> None:

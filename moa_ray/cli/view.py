@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from moa_ray.engines import Usage
-from moa_ray.graph import Graph
 from moa_ray.runtime import (
     AgentDelta,
     AgentFailed,
@@ -38,10 +37,14 @@ _ICONS = {"finished": ("✓", "green"), "failed": ("✗", "red"), "cancelled": (
 
 
 class View:
-    """A consumer of one run's events; a context manager, since it may hold the terminal."""
+    """A consumer of one run's events; a context manager, since it may hold the terminal.
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+    Args:
+        depth: Layers of the graph, without its aggregator's.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
         self._err = Console(stderr=True, highlight=False)
         self._ledger = Ledger()
         self._drafts: dict[str, str] = {}
@@ -100,7 +103,7 @@ class View:
         return Group(*panes)
 
     def _layer_name(self, layer: int) -> str:
-        return "gate" if not layer else "aggregator" if layer > self._graph.depth else f"layer {layer}"
+        return "gate" if not layer else "aggregator" if layer > self._depth else f"layer {layer}"
 
     def _pane(self, record: CallRecord) -> Table:
         icon, style = _ICONS[record.state]
@@ -119,7 +122,7 @@ class View:
 
     def _tail(self, record: CallRecord) -> str:
         width = max(20, self._err.width - 20)
-        if record.call == (self._graph.answer.id if self._graph.answer else None):
+        if record.layer > self._depth:
             return ""
         words = " ".join(self._drafts.get(record.call, "").split())
         if len(words) <= _TAIL_LINES * width:

@@ -76,6 +76,19 @@ class AsyncClient:
         response = await self._request("GET", "/models")
         return [card["id"] for card in response.json()["data"]]
 
+    async def feedback(self, answer: Answer | str, reward: float, *, choice: int = 0) -> None:
+        """Say how good an answer was; a server that keeps feedback trains its gates with it.
+
+        Args:
+            answer: The answer, or its id.
+            reward: From 0, bad, to 1, good.
+            choice: Which of its choices.
+
+        Raises:
+            MoARayError: As `run` does; `RequestError` where the server does not know the answer, or keeps nothing.
+        """
+        await self._request("POST", "/feedback", wire.feedback_of(answer, reward, choice))
+
     async def _model(self, wanted: str | None) -> str:
         """The model to ask; without one, the server's first."""
         if self._default is None and not wanted:

@@ -12,6 +12,7 @@ import httpx2
 import tenacity
 
 from moa_ray import errors
+from moa_ray.client.answer import Answer
 from moa_ray.errors import MoARayError, ModelNotFound, RequestError, ServerUnreachable
 
 Messages = Iterable[Mapping[str, Any]]
@@ -103,6 +104,17 @@ def body_of(model: str, prompt: str | Messages, asked: Asked, *, stream: bool) -
     streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     options = {name: value for name, value in asked.items() if name not in ("model", "drafts", "k", "policy")}
     return {"model": model, "messages": messages, "moa": moa, **streaming, **options}
+
+
+def feedback_of(answer: Answer | str, reward: float, choice: int) -> dict[str, Any]:
+    """Body of a judgement.
+
+    Raises:
+        RequestError: For a reward that is no number from 0 to 1.
+    """
+    if not 0 <= reward <= 1:
+        raise RequestError(f"a reward is a number from 0 to 1, not {reward}")
+    return {"id": answer if isinstance(answer, str) else answer.id, "reward": float(reward), "choice": choice}
 
 
 def first(models: list[str]) -> str:

@@ -1,11 +1,12 @@
 """Graphs as one Ray Serve application.
 
     gateway ──▶ router.<graph> ──▶ engine.<graph>.<engine>
-                         └───────▶ gate.<graph>
+     └─▶ feedback        └───────▶ gate.<graph>
 
 A router per graph and a deployment per engine; one for the gate where that has a model; with HTTP, a gateway in
-front. Every deployment has a version made of what it holds, so deploying again touches only what changed, and a
-change of prompts, temperatures or policies reaches running routers without a restart.
+front, and one that keeps feedback where that is wanted. Every deployment has a version made of what it holds, so
+deploying again touches only what changed, and a change of prompts, temperatures or policies reaches running routers
+without a restart.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from moa_ray import __version__
 from moa_ray.cluster import gate_actor
 from moa_ray.cluster.engine_actor import EngineReplica, HandleEngine
+from moa_ray.cluster.feedback_actor import FeedbackReplica
 from moa_ray.cluster.gate_actor import GateReplica
 from moa_ray.cluster.gateway import Gateway, Http
 from moa_ray.cluster.replicas import ReplicaRouter
@@ -36,6 +38,7 @@ from moa_ray.graph.spec import Autoscaling
 from moa_ray.runtime import AnswerDelta, EngineLoad, Event, GateLoad, Health, Meter, RunFinished, Runner, RunOptions
 
 GATEWAY = "gateway"
+FEEDBACK = "feedback"
 _UNBOUNDED = 100_000
 """Requests that a router or gateway holds; they wait on engines, so this is memory, not work. The gateway admits."""
 _SHUTDOWN_POLL_S = 0.5
@@ -150,7 +153,20 @@ def build(graphs: Sequence[Graph], http: Http | None = None) -> Application:
         ray_actor_options={"num_cpus": 0},
         **_patience(graphs),
     )
-    return gateway.bind(http, routers)
+    return gateway.bind(http, routers, _feedback(http))
+
+
+def _feedback(http: Http) -> Application | None:
+    if http.feedback is None:
+        return None
+    deployment = _deployment(
+        FeedbackReplica,
+        FEEDBACK,
+        version=_hash(http.feedback),
+        max_ongoing_requests=_UNBOUNDED,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment.bind(http.feedback)
 
 
 def _router(graph: Graph) -> Application:

@@ -56,7 +56,4 @@ def local(graph: Graph, handle: DeploymentHandle[Any] | None) -> tuple[Gate, flo
         graph: The graph.
         handle: Handle of the gate's deployment, where it has one.
     """
-    if graph.spec.gate.kind == "all":
-        return None
-    gate = HandleGate(handle) if handle is not None else registry.create(graph)
-    return gate, registry.timeout_s(graph)
+    return registry.for_runner(graph, HandleGate(handle) if handle is not None else None)

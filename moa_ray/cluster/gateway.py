@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from moa_ray.cluster.calls import Method, Sending
+from moa_ray.cluster.calls import Method, Sending, reading
+from moa_ray.gates.feedback import Answered, Judgement
 from moa_ray.graph import Graph, Message
 from moa_ray.runtime import Event, RunOptions
 
 _READY_TIMEOUT_S = 5.0
+_ANSWER_TIMEOUT_S = 10.0
 
 
 class RouterBackend:
@@ -23,10 +26,14 @@ class RouterBackend:
 
     Args:
         routers: Handle of each graph's router.
+        feedback: Handle of the one who keeps feedback, where somebody does.
     """
 
-    def __init__(self, routers: Mapping[str, DeploymentHandle[Any]]) -> None:
+    def __init__(
+        self, routers: Mapping[str, DeploymentHandle[Any]], feedback: DeploymentHandle[Any] | None = None
+    ) -> None:
         self._routers = dict(routers)
+        self._feedback = feedback
         self._streams = {name: Method(handle, "stream", stream=True) for name, handle in routers.items()}
 
     @property
@@ -51,6 +58,19 @@ class RouterBackend:
                     sending.passes_on(batch)
                     yield batch
 
+    def remember(self, answered: Answered) -> None:
+        """Keep an answer, so that it can be judged; not waited for."""
+        if self._feedback is not None:
+            self._feedback.remember.remote(answered)
+
+    async def judge(self, judgement: Judgement) -> None:
+        """Write down what is said of an answer."""
+        assert self._feedback is not None
+        response: Any = self._feedback.judge.remote(judgement)
+        with reading(response):
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                await response
+
     async def unready(self) -> list[str]:
         """Names of the graphs that cannot answer now."""
 
@@ -72,11 +92,13 @@ class Http:
         create_app: Makes the ASGI application of a replica; called with a `RouterBackend` and `settings`.
         settings: What it is set to; anything that pickles.
         replicas: How many gateways.
+        feedback: The file that judgements of answers go to; None where none are kept.
     """
 
     create_app: Callable[[Any, Any], Any]
     settings: Any
     replicas: int = 1
+    feedback: Path | None = None
 
 
 class Gateway:
@@ -85,11 +107,14 @@ class Gateway:
     Args:
         http: What to serve.
         routers: Handle of each graph's router.
+        feedback: Handle of the one who keeps feedback, where somebody does.
     """
 
-    def __init__(self, http: Http, routers: dict[str, DeploymentHandle[Any]]) -> None:
+    def __init__(
+        self, http: Http, routers: dict[str, DeploymentHandle[Any]], feedback: DeploymentHandle[Any] | None = None
+    ) -> None:
         self._http = http
-        self._app = http.create_app(RouterBackend(routers), http.settings)
+        self._app = http.create_app(RouterBackend(routers, feedback), http.settings)
 
     def __serve_build_asgi_app__(self) -> Any:  # Serve asks by this name
         return _leaving_the_id_to_the_proxy(self._app)

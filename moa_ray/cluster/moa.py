@@ -14,11 +14,13 @@ from uuid import uuid4
 
 from ray import serve
 
-from moa_ray.cluster.app import router_of
+from moa_ray.cluster.app import deployment_of, router_of
 from moa_ray.cluster.calls import Sending
 from moa_ray.cluster.deploy import Progress, deploy
+from moa_ray.cluster.engine_actor import HandleEngine
 from moa_ray.cluster.session import Session
 from moa_ray.engines import registry as engine_kinds
+from moa_ray.engines.protocol import Engine
 from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import Graph, Message, conversation, load
 from moa_ray.runtime import Event, RunOptions, RunResult
@@ -103,6 +105,11 @@ class MoA:
                     sending.passes_on(batch)
                     for event in batch:
                         yield event
+
+    def engine(self, name: str) -> Engine:
+        """One of the graph's engines, as its router sees it."""
+        handle: Any = serve.get_deployment_handle(deployment_of(self.graph.spec.name, name), self.app)
+        return HandleEngine(name, handle)
 
     async def answer(self, prompt: str | Iterable[Message]) -> RunResult:
         """`run` for code with an event loop."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,16 @@ from moa_ray.cluster.gateway import Http
 from moa_ray.cluster.session import details_of, serve_details
 from moa_ray.engines import registry
 from moa_ray.errors import ClusterError, MoARayError, RequestError
-from moa_ray.graph import Graph
+from moa_ray.graph import EngineSpec, Graph
 from moa_ray.graph.source import did_you_mean
 from moa_ray.graph.spec import Autoscaling
 from moa_ray.runtime import EngineLoad, GateLoad
 
 _ANSWER_TIMEOUT_S = 10.0
 _ROUTER = router_of("")
+
+_BUSY = 0.8
+"""Share of what a replica holds at once that it is meant to hold, where nobody says how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class EngineStatus:
         gpus: GPUs that these hold.
         load: What the routers sent to it in the last minute.
         queued: Calls in flight beyond what the living replicas hold at once.
+        hint: Replicas that its load of the last minute asks for.
     """
 
     graph: str
@@ -53,6 +58,7 @@ class EngineStatus:
     gpus: float
     load: EngineLoad
     queued: int
+    hint: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +133,16 @@ def _engines(app: str, graph: Graph, deployments: Mapping[str, Any]) -> list[Eng
         queued = max(0, load.ongoing - alive * spec.max_ongoing_requests)
         gpus = alive * (registry.resources_of(spec).num_gpus or 0)
         wanted = deployment["target_num_replicas"]
-        found.append(EngineStatus(name, engine, spec.kind, spec.model, wanted, alive, gpus, load, queued))
+        hint = _replicas_for(load, spec)
+        found.append(EngineStatus(name, engine, spec.kind, spec.model, wanted, alive, gpus, load, queued, hint))
     return found
+
+
+def _replicas_for(load: EngineLoad, spec: EngineSpec) -> int:
+    """Replicas that what the gate and the graph send to an engine would keep as busy as they are meant to be."""
+    scaling = spec.replicas
+    each = scaling.target_ongoing_requests if isinstance(scaling, Autoscaling) else _BUSY * spec.max_ongoing_requests
+    return max(1, math.ceil(load.mean_ongoing / each))
 
 
 def _gate(app: str, graph: Graph) -> list[GateStatus]:

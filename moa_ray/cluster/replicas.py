@@ -31,6 +31,10 @@ class ReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     the replica stands idle for as long as Serve believes it (10 s).
     """
 
+    # A replica that is asked how busy it is has so long to say so, before the call goes to the next one, whose cache
+    # is cold. Serve's 0.1 s are missed on a machine with all cores busy.
+    queue_len_response_deadline_s = 1.0
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ongoing: Counter[str] = Counter()
@@ -60,7 +64,7 @@ class ReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
             pool = random.sample(pool, min(2, len(pool)))
         by_id = {each.replica_id.unique_id: each for each in pool}
         ongoing = {name: self._ongoing[name] for name in by_id}
-        names = ranked(request.affinity, ongoing) if request.affinity else sorted(by_id, key=self._ongoing.__getitem__)
+        names = ranked(request.affinity, ongoing) if request.affinity else sorted(ongoing, key=ongoing.__getitem__)
         return [[by_id[name]] for name in names]
 
     def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:

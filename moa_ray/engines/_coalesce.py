@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from math import inf, isinf
-from typing import Any
 
 from moa_ray.engines.protocol import Chunk
 
@@ -25,28 +24,33 @@ async def coalesce(
     received = clock()
     first: float | None = None
     last = -flush_s
-    text: list[str] = []
-    tools: list[dict[str, Any]] = []
+    held: list[Chunk] = []
     tokens = 0
-    logprob: float | None = None
     async with aclosing(chunks) as source:
         async for chunk in source:
             now = clock()
             if first is None and (chunk.text or chunk.tool_calls):
                 first = now
-            text.append(chunk.text)
-            tools += chunk.tool_calls
+            held.append(chunk)
             tokens += chunk.tokens
-            if chunk.logprob is not None:
-                logprob = (logprob or 0.0) + chunk.logprob
             if chunk.finish_reason is not None:
                 ttft_s = chunk.ttft_s if chunk.ttft_s is not None else (first or now) - received
-                whole = "".join(text)
-                yield replace(chunk, text=whole, tokens=tokens, ttft_s=ttft_s, tool_calls=tuple(tools), logprob=logprob)
+                yield replace(joined(held), ttft_s=ttft_s)
                 return
             if (now - last >= flush_s and not isinf(flush_s)) or tokens >= most:
-                yield Chunk("".join(text), tokens, tool_calls=tuple(tools), logprob=logprob)
-                text.clear()
-                tools.clear()
-                tokens, logprob = 0, None
+                yield joined(held)
+                held.clear()
+                tokens = 0
                 last = now
+
+
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks of one answer, at least one, as one chunk; what only an end has is that of the last."""
+    logprobs = [chunk.logprob for chunk in chunks if chunk.logprob is not None]
+    return replace(
+        chunks[-1],
+        text="".join(chunk.text for chunk in chunks),
+        tokens=sum(chunk.tokens for chunk in chunks),
+        tool_calls=tuple(call for chunk in chunks for call in chunk.tool_calls),
+        logprob=sum(logprobs) if logprobs else None,
+    )

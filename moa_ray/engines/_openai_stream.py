@@ -23,6 +23,16 @@ def fields_of(sampling: Sampling) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def is_chunk(event: Any) -> bool:
+    """Whether the JSON of an event has the shape of a `chat.completion.chunk`, as far as it is read here."""
+    return (
+        isinstance(event, dict)
+        and isinstance(event.get("usage") or {}, dict)
+        and isinstance(choices := event.get("choices") or [], list)
+        and all(isinstance(choice, dict) and isinstance(choice.get("delta") or {}, dict) for choice in choices)
+    )
+
+
 def usage_of(counts: dict[str, Any]) -> Usage:
     """OpenAI's `usage` as ours."""
     cached = (counts.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

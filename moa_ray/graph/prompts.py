@@ -9,7 +9,7 @@ share all but those. `paper` puts the proposals into the system message before t
 conversation, as the reference implementation does.
 
 Proposals are data, not instructions: they are anonymous, delimited, and a proposal that contains the
-delimiter has it defused.
+delimiter, or a control token of a chat template, has it defused.
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ _SYNTHESIZE_PAPER = (
 _IN_PARTS = "The drafts are given in parts, in turn: the parts with the same number are one draft."
 _WEIGHED = "The weight of a draft says how well its author fits such questions; it is no verdict on the draft."
 _CLOSING = "\n</draft>"
+_CONTROL = re.compile(
+    r"<(?=/?draft|/?s>|/?<?SYS>|(?:start|end)_of_turn>|[|｜][^\s<>]{1,48}[|｜]>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])",
+    re.IGNORECASE,
+)
+"""Where our delimiters begin, and the control tokens of chat templates (ChatML, Llama, Gemma, Mistral, DeepSeek)."""
 _NOW_ANSWER = "Now write your answer to the message above the drafts."
 _PICK = (
     "Several models drafted an answer to the message above. Decide which draft is the most helpful, correct and "
@@ -166,9 +172,9 @@ class Prompt:
         if self.layout != "woven":
             for number, (text, whole) in enumerate(zip(proposals, complete, strict=True), start=1):
                 weight = f' weight="{self.weights[number - 1]:.2f}"' if self.weights else ""
-                yield f'<draft number="{number}"{weight}>\n', _defused(text), whole
+                yield f'<draft number="{number}"{weight}>\n', defused(text), whole
             return
-        parts = [_parts(_defused(text)) for text in proposals]
+        parts = [_parts(defused(text)) for text in proposals]
         for turn in range(max(map(len, parts), default=0)):
             for number, (own, whole) in enumerate(zip(parts, complete, strict=True), start=1):
                 if turn < len(own):
@@ -191,12 +197,13 @@ def _append(turns: Sequence[Message], text: str) -> list[Message]:
 
 
 def _references_of_the_paper(proposals: Sequence[str]) -> str:
-    numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(proposals, start=1))
+    numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(map(defused, proposals), start=1))
     return f"{_SYNTHESIZE_PAPER}\n\nResponses from models:\n{numbered}"
 
 
-def _defused(proposal: str) -> str:
-    return proposal.strip().replace("</draft", "<\\/draft").replace("<draft", "<\\draft")
+def defused(text: str) -> str:
+    """A model's words, so that they end no draft and open no turn: engines read control tokens in any text."""
+    return _CONTROL.sub(r"\g<0>\\", text.strip())
 
 
 def _settled(text: str) -> str:

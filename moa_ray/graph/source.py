@@ -35,10 +35,12 @@ class Source:
     Args:
         file: Its name, "" where the spec does not come from a file.
         lines: Line of every key and list item, from 1.
+        folder: Where relative paths in it start; "" for the working folder.
     """
 
     file: str = ""
     lines: Mapping[Path, int] = field(default_factory=dict, repr=False)
+    folder: str = ""
 
     def line(self, path: Path) -> int:
         """Line of `path`, or of the nearest key above it; 0 where unknown."""

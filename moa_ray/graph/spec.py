@@ -150,13 +150,15 @@ class Gate(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
 
     kind: str = "all"
-    """`all`, `random`, `rules`, `llm`, `cascade`, or a kind that a plug-in brings."""
+    """`all`, `random`, `rules`, `llm`, `cascade`, `noisy_top_k`, `knn`, `solo`, or a kind that a plug-in brings."""
     k: PositiveInt | None = None
     """Agents of each layer that answer, those with the highest weights; not given: all that have a weight."""
     agent: str | None = None
     """The agent that picks (`llm`), or that is asked before the panel (`cascade`)."""
     timeout_s: PositiveFloat | None = None
     """Longest time for the gate, in seconds; then everybody answers. Not given: 0.05, or 60 where it asks agents."""
+    explore: float = Field(0.0, ge=0, le=1)
+    """Share of the requests that try agents drawn at random, `k` of each layer, so that the gate can learn of them."""
 
     @property
     def options(self) -> dict[str, Any]:

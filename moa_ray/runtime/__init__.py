@@ -21,6 +21,7 @@ from moa_ray.runtime.events import (
     Notice,
     RunFinished,
     RunStarted,
+    from_json,
     to_json,
 )
 from moa_ray.runtime.health import Health
@@ -28,6 +29,7 @@ from moa_ray.runtime.ledger import CallRecord, Ledger, RunResult
 from moa_ray.runtime.meter import EngineLoad, GateLoad, Meter
 from moa_ray.runtime.plan import RunOptions
 from moa_ray.runtime.runner import Runner
+from moa_ray.runtime.spans import RunSpans
 from moa_ray.runtime.timeline import Timeline
 
 __all__ = [
@@ -54,8 +56,10 @@ __all__ = [
     "RunFinished",
     "RunOptions",
     "RunResult",
+    "RunSpans",
     "RunStarted",
     "Runner",
     "Timeline",
+    "from_json",
     "to_json",
 ]

@@ -35,7 +35,7 @@ _FIRST_TOKEN_THEN_ALL_S = 1e9
 """A `flush_s` that tells when an answer begins, and brings all the rest in one message."""
 
 _TELLS_EVERY_S = 0.5
-"""A `flush_s` for proposals that a quorum may cut off: what they had written by then stands in the account."""
+"""A `flush_s` for proposals that may be cut off once enough is there: what they had written stands in the account."""
 
 _PIECE_TOKENS = 16
 """Of a proposal that others read while it is written, a message holds so many tokens, or a chunk's, if that is less."""
@@ -112,7 +112,8 @@ class _Asking:
         options = self._plan.options
         self._flush_s = options.answer_flush_s if self._is_answer else options.draft_flush_s
         policy = self._plan.policy
-        if policy.quorum is not None and not self._is_answer:
+        may_be_cut = any(each is not None for each in (policy.grace_s, policy.layer_deadline_s, policy.early_exit))
+        if may_be_cut and not self._is_answer:
             self._flush_s = min(self._flush_s, _TELLS_EVERY_S)
         read_meanwhile = not self._is_answer and policy.streaming != "barrier"
         self._flush_tokens = min(_PIECE_TOKENS, policy.chunk_tokens) if read_meanwhile else None

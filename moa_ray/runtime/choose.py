@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
@@ -16,7 +16,7 @@ _PATTERNS = {
 }
 
 
-def vote(proposals: Sequence[str], rule: Vote) -> tuple[int, str]:
+def vote(proposals: Sequence[str], rule: Vote, weights: Sequence[float] = ()) -> tuple[int, str]:
     """The proposal that holds the most frequent answer (self-consistency, Wang et al. 2022, section 2).
 
     Ties go to the answer that comes first, and of its voters the first speaks.
@@ -24,19 +24,26 @@ def vote(proposals: Sequence[str], rule: Vote) -> tuple[int, str]:
     Args:
         proposals: At least one.
         rule: How an answer is found in a proposal.
+        weights: How much each vote counts, as a gate weighs experts (Shazeer et al. 2017, eq. 1); not given: the same.
 
     Returns:
         The proposal's index, and a note that counts the votes.
     """
-    answers = [_extract(text, rule) for text in proposals]
-    counts = Counter(answer for answer in answers if answer is not None)
+    answers = [extract(text, rule) for text in proposals]
+    counts: defaultdict[str, float] = defaultdict(float)
+    for answer, weight in zip(answers, weights or [1.0] * len(answers), strict=True):
+        if answer is not None:
+            counts[answer] += weight
     if not counts:
         return 0, f"none of {len(proposals)} proposals holds an answer to vote on; the first one was taken"
-    winner, votes = counts.most_common(1)[0]
-    return answers.index(winner), f"{votes} of {len(proposals)} proposals voted for {winner}"
+    winner = max(counts, key=counts.__getitem__)
+    share = counts[winner] / (sum(counts.values()) or 1.0)
+    of_weight = f" with {share:.0%} of the weight" if weights else ""
+    return answers.index(winner), f"{answers.count(winner)} of {len(proposals)} proposals voted for {winner}{of_weight}"
 
 
-def _extract(text: str, rule: Vote) -> str | None:
+def extract(text: str, rule: Vote) -> str | None:
+    """The answer that a text holds, in one spelling; None where it holds none."""
     pattern = rule.pattern if rule.extract == "regex" and rule.pattern else _PATTERNS[rule.extract]
     found = [match[1] if match.re.groups else match[0] for match in re.finditer(pattern, text.rstrip())]
     if not found or found[-1] is None:

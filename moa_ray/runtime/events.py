@@ -6,8 +6,8 @@ field changes its meaning or goes away, not when one is added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar
 
@@ -33,12 +33,13 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """A run began; `calls` engine calls are planned."""
+    """A run began; `calls` engine calls are planned, to `engines`: the `kind` and `model` of each by its name."""
 
     name = "run.started"
     graph: str
     calls: int
     version: int = VERSION
+    engines: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +251,42 @@ class RunFinished(Event):
 def to_json(event: Event) -> dict[str, Any]:
     """The public JSON form: `event` (the name) and the event's fields, times rounded to microseconds."""
     return {"event": event.name, **_fields(event)}
+
+
+def from_json(told: Mapping[str, Any]) -> Event:
+    """The event that `to_json` told; fields of later versions are passed over.
+
+    Raises:
+        ValueError: If there is no such event, or a field that it needs is missing.
+    """
+    kind: Any = _BY_NAME.get(told.get("event", ""))
+    if kind is None:
+        raise ValueError(f"there is no event {told.get('event')!r}")
+    values = {key: _read(key, told[key]) for key in _keys(kind) if key in told}
+    try:
+        event: Event = kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{kind.name}: {error}") from None
+    return event
+
+
+def _read(key: str, value: Any) -> Any:
+    if key == "usage":
+        return Usage(**value)
+    return _tuples(value) if isinstance(value, list) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _kinds(base: type[Event]) -> Iterator[type[Event]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+_BY_NAME = {kind.name: kind for kind in _kinds(Event) if hasattr(kind, "name")}
 
 
 def _fields(value: Event | Usage) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moa_ray.errors import MoARayError
@@ -35,7 +36,11 @@ async def decide(gate: Gate, timeout_s: float, caller: Caller) -> tuple[Plan, Ou
     choice = Choice({})
     try:
         async with asyncio.timeout(timeout_s):
-            choice = _checked(await gate.choose(Question(plan.messages, agents, ask, frozenset(plan.options.extra))))
+            if random.random() < plan.graph.spec.gate.explore:
+                choice = _drawn(agents)
+            else:
+                question = Question(plan.messages, agents, ask, frozenset(plan.options.extra))
+                choice = _checked(await gate.choose(question))
     except TimeoutError:
         failed = f"no choice within {timeout_s:g} s"
     except MoARayError as error:
@@ -61,6 +66,11 @@ async def decide(gate: Gate, timeout_s: float, caller: Caller) -> tuple[Plan, Ou
         )
     )
     return chosen, answer
+
+
+def _drawn(agents: Sequence[str]) -> Choice:
+    """Anybody, as equals: epsilon-greedy exploration (Sutton and Barto 2018, section 2.2)."""
+    return Choice(dict.fromkeys(random.sample(agents, len(agents)), 1.0), note="explores")
 
 
 def _checked(choice: Choice) -> Choice:

@@ -79,8 +79,7 @@ class Ledger:
         self.gate: GateDecided | None = None
         self._records: dict[str, CallRecord] = {}
         self._flying: set[tuple[str, int]] = set()
-        self._warmed: defaultdict[str, Usage] = defaultdict(Usage)
-        self._warmed_of: defaultdict[str, Usage] = defaultdict(Usage)
+        self._warmed: defaultdict[tuple[str, str], Usage] = defaultdict(Usage)  # by call and agent
 
     @property
     def records(self) -> tuple[CallRecord, ...]:
@@ -95,9 +94,11 @@ class Ledger:
     @property
     def usage_by_agent(self) -> dict[str, Usage]:
         """The same, agent by agent."""
-        used = dict(self._warmed_of)
+        used: defaultdict[str, Usage] = defaultdict(Usage)
+        for (_, agent), usage in self._warmed.items():
+            used[agent] += usage
         for record in self._records.values():
-            used[record.agent] = used.get(record.agent, Usage()) + record.usage
+            used[record.agent] += record.usage
         return used
 
     def add(self, event: Event) -> None:
@@ -106,11 +107,10 @@ class Ledger:
             case GateDecided():
                 self.gate = event
             case AgentWarmed():  # before the call itself; its record begins with it
-                self._warmed[event.call] += event.usage
-                self._warmed_of[event.agent] += event.usage
+                self._warmed[event.call, event.agent] += event.usage
             case AgentStarted():
                 record = self._record(event)
-                record.warmed, record.stages = self._warmed[event.call], event.stage
+                record.warmed, record.stages = self._warmed[event.call, event.agent], event.stage
                 record.engine, record.state, record.error = event.engine, "running", ""
                 record.attempts += 1
                 record.hedges += event.hedge

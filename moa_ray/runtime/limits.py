@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moa_ray.errors import ModelNotFound, RequestError
-from moa_ray.graph import Call, Graph, Policy
+from moa_ray.graph import ANSWER, Call, Graph, Policy
 from moa_ray.graph.dag import smallest_layer
 from moa_ray.graph.source import did_you_mean, dotted, problems_of
 
@@ -77,4 +77,4 @@ def answer_for(graph: Graph, agent: str | None) -> Call | None:
         known = graph.spec.agents
         hint = did_you_mean(agent, known) or f"there are: {', '.join(known)}"
         raise ModelNotFound(f"{graph.spec.name} has no agent {agent!r}", hint=hint)
-    return Call("answer", agent, graph.depth + 1)
+    return Call(ANSWER, agent, graph.depth + 1)

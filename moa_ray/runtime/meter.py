@@ -45,6 +45,11 @@ class EngineLoad:
         """Finished calls a second."""
         return len(self.seconds) / WINDOW_S
 
+    @property
+    def mean_ongoing(self) -> float:
+        """Calls in flight on average: the rate at which they come, times how long each takes (Little's law)."""
+        return sum(self.seconds) / WINDOW_S
+
     def percentile(self, percent: int) -> float | None:
         """Duration of a call in seconds; None where none finished."""
         if len(self.seconds) < 2:

@@ -127,12 +127,13 @@ class Plan:
         spec = self.graph.spec
         system = spec.agents[call.agent].system
         task: Literal["pick", "synthesize"] = "pick" if self.ranks(call) else "synthesize"
-        return Prompt(system, self.messages, tuple(proposals.values()), spec.prompt, task, self._weights(proposals))
+        calls = {call.id: call for call in self.calls}
+        weights = self.weights_of([calls[name] for name in proposals])
+        return Prompt(system, self.messages, tuple(proposals.values()), spec.prompt, task, weights)
 
-    def _weights(self, proposals: Iterable[str]) -> tuple[float, ...]:
-        """How much each proposal counts; nothing where all count the same."""
-        agents = {call.id: call.agent for call in self.calls}
-        weights = [self.weights.get(agents[name], 0.0) for name in proposals]
+    def weights_of(self, calls: Iterable[Call]) -> tuple[float, ...]:
+        """How much the proposal of each call counts; nothing where all count the same."""
+        weights = [self.weights.get(call.agent, 0.0) for call in calls]
         return tuple(weight / sum(weights) for weight in weights) if len(set(weights)) > 1 else ()
 
     def affinity(self, call: Call) -> str:

@@ -40,7 +40,8 @@ class Run:
     async def execute(self) -> None:
         """Have the request answered; emit `run.finished`, and raise what made the run fail."""
         plan, journal = self._plan, self.journal
-        journal.emit(RunStarted(journal.run, 0.0, plan.graph.spec.name, plan.size))
+        engines = {name: {"kind": e.kind, "model": e.model} for name, e in plan.graph.engines.items()}
+        journal.emit(RunStarted(journal.run, 0.0, plan.graph.spec.name, plan.size, engines=engines))
         result: Answer | MoARayError
         try:
             async with asyncio.timeout_at(self._caller.deadline):

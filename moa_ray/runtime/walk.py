@@ -115,7 +115,8 @@ class Walk:
         if outcome is not None:
             return self._take(proposals, *choose.picked(outcome.text, len(texts)))
         assert isinstance(aggregator, VoteAggregator)
-        return self._take(proposals, *choose.vote(texts, aggregator.vote))
+        weights = self._plan.weights_of([proposal.call for proposal in proposals])
+        return self._take(proposals, *choose.vote(texts, aggregator.vote, weights))
 
     def _take(self, proposals: list[Outcome], index: int, note: str) -> Answer:
         chosen = proposals[index]

@@ -20,29 +20,34 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moa_ray import __version__
 from moa_ray.errors import MoARayError, ModelNotFound, RequestError
-from moa_ray.graph import conversation
+from moa_ray.graph import Message, conversation
 from moa_ray.graph.source import did_you_mean
 from moa_ray.runtime import RunOptions
-from moa_ray.server import problems
+from moa_ray.server import playground, problems
 from moa_ray.server.backend import Backend
 from moa_ray.server.chat import Chat
 from moa_ray.server.edge import Admission, Edge
+from moa_ray.server.feedback import FeedbackRequest, answered
+from moa_ray.server.live import Live, picture
 from moa_ray.server.metrics import Metrics
 from moa_ray.server.responses import Response as ResponseAnswer
 from moa_ray.server.runs import merged
 from moa_ray.server.schemas import ChatRequest, ResponsesRequest
 from moa_ray.server.settings import ServerSettings
+from moa_ray.server.tracing import Tracing
 
-Answer = Chat | ResponseAnswer
+Answer = Chat | ResponseAnswer | Live
 _PIECE_EVERY_S = 0.02
 """How often a reader is told of more text: to people this is at once."""
 _MOST_PIECES_A_SECOND = 500
 """To all readers together. A piece costs two milliseconds of CPU on its way here, so a core carries about as many."""
+_DONE = b"data: [DONE]\n\n"
 _SILENCE = b": keep-alive\n\n"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": problems.ProblemBody} for status in (400, 401, 404, 413, 429, 500, 502, 503, 504)
 }
 
+_EVENTS = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "Events, in docs/events.md's form."}}
 _ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}}}
 
 
@@ -67,18 +72,25 @@ class _Routes:
         self._backend = backend
         self._settings = settings
         self._admission = Admission(settings)
-        self._metrics = Metrics(self._admission)
+        self._recorder = settings.recorder()
+        self._metrics = Metrics(self._admission, self._recorder)
+        self._tracing = Tracing.to(settings.traces) if settings.traces else None
         self._created = int(time.time())
 
     def add_to(self, app: FastAPI) -> None:
         app.post("/v1/chat/completions", responses=_ANSWERS)(self.chat)
         app.post("/v1/responses", responses=_ANSWERS)(self.response)
+        app.post("/v1/runs", responses=_EVENTS)(self.run)
+        app.get("/v1/graphs/{name}", responses=_ERRORS)(self.graph)
+        app.post("/v1/feedback", responses=_ERRORS)(self.feedback)
         app.get("/v1/models", responses=_ERRORS)(self.models)
         app.get("/v1/models/{model:path}", responses=_ERRORS)(self.model)
         app.get("/health")(self.health)
         app.get("/ready", responses={503: {"model": problems.ProblemBody}})(self.ready)
         app.get("/metrics", response_class=PlainTextResponse)(self.metrics)
         app.get("/version")(self.version)
+        app.get("/", include_in_schema=False)(playground.page)
+        app.get("/playground/{name}", include_in_schema=False)(playground.file)
 
     # ------------------------------------------------------------------ answers
 
@@ -87,54 +99,88 @@ class _Routes:
         if (body.n or 1) > self._settings.max_n:
             raise RequestError(f"n: {body.n} is more than the {self._settings.max_n} allowed here")
         drafts = self._settings.drafts if body.moa.drafts is None else body.moa.drafts
-        return await self._answer(body, Chat(body, drafts=drafts), request, done=b"data: [DONE]\n\n")
+        return await self._answer(body, Chat(body, drafts=drafts), request, done=_DONE)
 
     async def response(self, body: ResponsesRequest, request: Request) -> Response:
         """Answer an input."""
         return await self._answer(body, ResponseAnswer(body), request, done=b"")
 
+    async def run(self, body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation, and tell everything that happens."""
+        if (body.n or 1) > 1:
+            raise RequestError("n: one run at a time is told here")
+        live = Live(judged=self._settings.feedback is not None)
+        pieces = self._pieces(body.model_copy(update={"stream": True}), live, request)
+        return await _EventStream.begin(pieces, _DONE, request.state.request_id)
+
+    async def graph(self, name: str) -> Response:
+        """The shape of a graph."""
+        return JSONResponse(picture(await self._backend.graph(self._graph_of(name))))
+
     async def _answer(
         self, body: ChatRequest | ResponsesRequest, answer: Answer, request: Request, *, done: bytes
     ) -> Response:
-        pieces = self._pieces(body, answer, request.state.caller)
+        pieces = self._pieces(body, answer, request)
         if body.stream:
             return await _EventStream.begin(pieces, done, request.state.request_id)
         async with aclosing(pieces):
             return JSONResponse(await anext(pieces))
 
     async def _pieces(
-        self, body: ChatRequest | ResponsesRequest, answer: Answer, caller: str
+        self, body: ChatRequest | ResponsesRequest, answer: Answer, request: Request
     ) -> AsyncGenerator[dict[str, Any] | None, None]:
         """What is sent: the chunks of a stream, or the whole answer as the only piece."""
         graph, status = self._graph_of(body.model), 499  # the status that nobody reads: the client is gone
         messages, options = conversation(body.conversation), body.run_options()
+        traced = self._tracing and self._tracing.request(request, body.model, answer.choices)
+        if self._recorder:
+            for choice in answer.choices:
+                choice.followers.append(self._recorder.run(messages))
         try:
-            async with self._admission.place(caller):
+            async with self._admission.place(request.state.caller):
                 options = self._paced(options, answer)
                 streams = [self._backend.stream(graph, messages, _nth(options, n)) for n in range(len(answer.choices))]
                 async with aclosing(merged(streams, answer.choices, self._settings.silence_s)) as batches:
-                    if body.stream:
+                    if body.stream or isinstance(answer, Live):
                         async with aclosing(answer.chunks(batches)) as chunks:
                             async for chunk in chunks:
                                 yield chunk
                         status = 200
+                        self._remember(body.model, messages, answer)
                     else:
                         async for _ in batches:
                             pass
                         status = 200
+                        self._remember(body.model, messages, answer)
                         yield answer.whole()
         except MoARayError as error:
             status = error.http_status
             raise
         finally:
             self._metrics.add(body.model, status, answer.choices)
+            for choice in answer.choices:
+                choice.close()
+            if traced:
+                traced.end(status)
+
+    def _remember(self, model: str, messages: list[Message], answer: Answer) -> None:
+        if self._settings.feedback and (kept := answered(answer.id, model, messages, answer.choices)):
+            self._backend.remember(kept)
+
+    async def feedback(self, body: FeedbackRequest) -> Response:
+        """Say how good an answer was; gates learn from it."""
+        if self._settings.feedback is None:
+            raise RequestError("feedback is not kept here", hint="serve with `--set feedback=FILE`")
+        await self._backend.judge(body.judgement())
+        return JSONResponse({"id": body.id, "object": "feedback"})
 
     def _paced(self, options: RunOptions, answer: Answer) -> RunOptions:
         """How often a stream is told of more text: about every 20 ms, and less often where there are many of them."""
         if isinf(options.answer_flush_s):
             return options
         every_s = max(_PIECE_EVERY_S, self._admission.running / _MOST_PIECES_A_SECOND)
-        return replace(options, answer_flush_s=every_s, answer_only=not answer.drafts)
+        drafts_s = max(answer.drafts_every_s, every_s)
+        return replace(options, draft_flush_s=drafts_s, answer_flush_s=every_s, answer_only=not answer.drafts)
 
     def _graph_of(self, model: str) -> str:
         name = model.partition("/")[0]

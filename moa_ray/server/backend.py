@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from moa_ray.gates.feedback import Answered, Judgement
 from moa_ray.graph import Graph, Message
 from moa_ray.runtime import Event, RunOptions
 
@@ -26,6 +27,19 @@ class Backend(Protocol):
 
         Raises:
             MoARayError: After the last event, if the run failed; before the first, if it was refused.
+        """
+        ...
+
+    def remember(self, answered: Answered) -> None:
+        """Keep an answer, so that it can be judged; not waited for."""
+        ...
+
+    async def judge(self, judgement: Judgement) -> None:
+        """Write down what is said of an answer.
+
+        Raises:
+            RequestError: If it is not among the latest.
+            MoARayError: If it cannot be written.
         """
         ...
 

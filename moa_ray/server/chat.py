@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from math import inf
 from typing import Any
 from uuid import uuid4
 
@@ -21,11 +22,14 @@ class Chat:
         drafts: Whether proposals are sent as reasoning.
     """
 
+    drafts_every_s = inf  # each when it is whole
+
     def __init__(self, request: ChatRequest, *, drafts: bool) -> None:
         self.choices = [Choice() for _ in range(request.n or 1)]
         self._request = request
         self.drafts = drafts
-        self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": request.model}
+        self.id = f"chatcmpl-{uuid4().hex}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": request.model}
 
     def whole(self) -> dict[str, Any]:
         """The answer as one object, once all is booked."""

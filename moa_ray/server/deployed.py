@@ -33,7 +33,7 @@ _MAX_KEYS_BYTES = 1_000_000
 
 def http(settings: ServerSettings) -> Http:
     """The gateways that serve with `settings`."""
-    return Http(create_app, settings, settings.gateways)
+    return Http(create_app, settings, settings.gateways, settings.feedback)
 
 
 def api_keys(file: Path | None = None) -> tuple[SecretStr, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from moa_ray.runtime import GateDecided
+from moa_ray.runtime.records import Recorder
 from moa_ray.server.edge import Admission
 from moa_ray.server.runs import Choice
 
@@ -20,9 +21,10 @@ class Metrics:
 
     Args:
         admission: Whose places are told.
+        recorder: Whose lost runs are told; None where runs are not recorded.
     """
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, recorder: Recorder | None = None) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("moa_ray_requests", "Requests by outcome.", ["model", "status"], registry=registry)
         self._seconds = Histogram(
@@ -50,6 +52,9 @@ class Metrics:
             ("queued", "Requests that wait for a place.", lambda: admission.queued),
         ):
             Gauge(f"moa_ray_requests_{name}", help, registry=registry).set_function(value)
+        if recorder:
+            lost = Gauge("moa_ray_records_lost", "Runs that could not be recorded.", registry=registry)
+            lost.set_function(lambda: recorder.lost)
 
     def add(self, model: str, status: int, choices: Sequence[Choice]) -> None:
         """Book a request that ended with an HTTP status."""

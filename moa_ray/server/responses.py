@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from itertools import count
+from math import inf
 from typing import Any
 from uuid import uuid4
 
@@ -22,11 +23,12 @@ class Response:
     """
 
     drafts = False
+    drafts_every_s = inf  # nobody is told of them
 
     def __init__(self, request: ResponsesRequest) -> None:
         self.choices = [Choice()]
         self._request = request
-        self._id, self._item, self._created = f"resp_{uuid4().hex}", f"msg_{uuid4().hex}", int(time.time())
+        self.id, self._item, self._created = f"resp_{uuid4().hex}", f"msg_{uuid4().hex}", int(time.time())
         self._numbers = count()
 
     def whole(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Response:
         over = status != "in_progress"
         request = self._request
         return {
-            "id": self._id,
+            "id": self.id,
             "object": "response",
             "created_at": self._created,
             "status": status,

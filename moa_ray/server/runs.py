@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+from moa_ray.graph import ANSWER
 from moa_ray.runtime import AgentFinished, AnswerDelta, CallRecord, Event, Ledger, RunFinished, to_json
 
 Batch = tuple[int, list[Event]]
@@ -45,6 +46,16 @@ async def _next(stream: AsyncGenerator[list[Event], None]) -> list[Event]:
     return await anext(stream, [])
 
 
+class Follower(Protocol):
+    """Another consumer of a run's events."""
+
+    def add(self, event: Event) -> None:
+        """Take one event."""
+
+    def close(self) -> None:
+        """There will be no more."""
+
+
 class Choice:
     """What is known of one run, a consumer of its events."""
 
@@ -54,9 +65,12 @@ class Choice:
         self.tool_calls: list[dict[str, Any]] = []
         self.drafts: list[str] = []
         self.end: RunFinished | None = None
+        self.followers: list[Follower] = []
 
     def add(self, event: Event) -> None:
-        """Book one event."""
+        """Book one event, and tell the followers."""
+        for follower in self.followers:
+            follower.add(event)
         self.ledger.add(event)
         match event:
             case AnswerDelta():
@@ -69,6 +83,11 @@ class Choice:
                 self.end = event
             case _:
                 pass
+
+    def close(self) -> None:
+        """There will be no more events."""
+        for follower in self.followers:
+            follower.close()
 
     @property
     def finish_reason(self) -> str:
@@ -84,7 +103,7 @@ class Choice:
 
 def draft_of(event: AgentFinished) -> str:
     """A finished proposal as a piece of reasoning; "" for the answer itself."""
-    return "" if event.call == "answer" else f"[{event.call}]\n{event.text.strip()}\n\n"
+    return "" if event.call == ANSWER else f"[{event.call}]\n{event.text.strip()}\n\n"
 
 
 def _merge(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
+from pydantic import (
+    AfterValidator,
+    AnyHttpUrl,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+)
+
+from moa_ray.runtime.records import Recorder, Retention, default_path
+
+_KEPT = Retention()
+
+
+def _off(value: object) -> object:
+    return "off" if value is False else value  # YAML reads `off` so
 
 
 class ServerSettings(BaseModel):
@@ -31,5 +51,24 @@ class ServerSettings(BaseModel):
     Until it begins, a failure has its own HTTP status."""
     gateways: PositiveInt = 1
     """Replicas of the gateway; one that dies costs its own connections alone."""
+    feedback: Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())] | None = None
+    """File that `/v1/feedback` writes to, on the node that runs it; not given: nothing is kept of answers."""
+    records: Annotated[Path | Literal["off"] | None, BeforeValidator(_off)] = None
+    """SQLite file that runs are recorded in, on the gateway's node, or `off`. Not given: `$MOA_RAY_RECORDS` there, or
+    `moa-ray/runs.sqlite` in its user's state folder."""
+    records_days: PositiveFloat = _KEPT.days
+    """Older runs are removed."""
+    records_runs: PositiveInt = _KEPT.runs
+    """Of more runs than these, the oldest are removed."""
+    records_texts: bool = _KEPT.texts
+    """Whether questions, drafts and answers are recorded; else their lengths in their place."""
+    traces: AnyHttpUrl | None = None
+    """Base URL of an OpenTelemetry collector that spans are sent to over HTTP, such as `http://127.0.0.1:4318`."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call from a browser; none by default, `*` for all."""
+
+    def recorder(self) -> Recorder | None:
+        """Who records runs, as the settings say; None where nobody does."""
+        path = default_path() if self.records is None else None if self.records == "off" else self.records
+        kept = Retention(self.records_days, self.records_runs, self.records_texts)
+        return Recorder(Path(path).expanduser().absolute(), kept) if path else None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moa_ray import __version__
+from moa_ray.cli import main
 from tests.commands import moa_ray
 from tests.engines.test_registry import SPEC
 
@@ -67,3 +68,17 @@ def test_importing_moa_ray_loads_nothing_heavy() -> None:
     code = "import sys, moa_ray; print([m for m in ('ray', 'torch', 'openai', 'pydantic') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("command", "extra"), [("gate", "gate"), ("eval", "eval"), ("tune", "eval")])
+def test_what_a_command_lacks_is_named_by_its_own_extra(
+    command: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacks() -> None:
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    monkeypatch.setattr(main, "app", lacks)
+    monkeypatch.setattr("sys.argv", ["moa-ray", command])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert f"pip install 'moa-ray[{extra}]'" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,13 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray import serve
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+from ray.serve.request_router import ReplicaID
 
 from moa_ray.cluster import Session
 from moa_ray.cluster.app import deployment_of, router_of
 from moa_ray.cluster.deploy import deploy
 from moa_ray.cluster.engine_actor import HandleEngine
 from moa_ray.cluster.gateway import RouterBackend
-from moa_ray.cluster.replicas import ranked
+from moa_ray.cluster.replicas import ReplicaRouter, ranked
 from moa_ray.cluster.session import details_of
 from moa_ray.engines import EngineRequest
 from moa_ray.graph import Message, from_dict
@@ -61,6 +64,27 @@ def test_keys_spread_evenly() -> None:
     names = dict.fromkeys("abcd", 0)
     found = Counter(ranked(f"key {n}", names)[0] for n in range(4000))
     assert min(found.values()) > 900
+
+
+async def test_a_replica_whose_calls_are_over_is_chosen_whatever_it_said_of_itself_and_when_that_came() -> None:
+    deployment = DeploymentID("engine", "app")
+    router = ReplicaRouter(deployment, DeploymentHandleSource.UNKNOWN, use_replica_queue_len_cache=True)
+    all_of_them = [SimpleNamespace(replica_id=ReplicaID(name, deployment)) for name in "abc"]
+    call = SimpleNamespace(args=(EngineRequest("x", (), affinity="key"),), routing_context=SimpleNamespace())
+
+    async def chosen() -> ReplicaID:
+        found: ReplicaID = (await router.choose_replicas(all_of_them, call))[0][0].replica_id
+        return found
+
+    best = await chosen()
+    for _ in range(4):
+        router.on_send_request(best)
+    assert await chosen() != best
+    for _ in range(4):
+        router.on_request_completed(best, "call")
+        router.decrement_queue_len_cache(best)
+    router.on_new_queue_len_info(best, 4)  # what it said when it took the last of them
+    assert await chosen() == best
 
 
 # ---------------------------------------------------------------- on Serve

@@ -65,6 +65,10 @@ class Endpoint:
                 if model == "errs" and number == 3:
                     yield _sse({"error": {"message": "the engine died", "code": 500}})
                     return
+                if model == "number" and number == 3:
+                    yield b"data: 5\n\n"
+                if model == "words" and number == 3:
+                    yield _sse({"choices": ["w3"]})
                 if model == "cut" and number == 3:
                     return
                 if model == "stalls" and number == 3:

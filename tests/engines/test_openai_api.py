@@ -123,6 +123,8 @@ async def test_the_request_holds_what_was_set_and_nothing_else(make: Any, served
         ("html", EngineUnavailable, "ended before the answer", None),
         ("cut", EngineUnavailable, "ended before the answer", None),
         ("errs", EngineUnavailable, "the engine died", None),
+        ("number", EngineUnavailable, "no chat completion chunk", None),
+        ("words", EngineUnavailable, "no chat completion chunk", None),
         ("breaks", EngineUnavailable, "the connection to .* broke", None),
     ],
 )

@@ -42,5 +42,6 @@ def runner(graph: Graph) -> tuple[Runner, Scripted]:
     """A runner of `graph`, whose engines must be one scripted engine."""
     (name,) = graph.engines
     engine = Scripted(ScriptedOptions.model_validate(graph.engines[name].options), model="script")
+    registry.check(graph)
     gate = None if graph.spec.gate.kind == "all" else (registry.create(graph), registry.timeout_s(graph))
     return Runner(graph, {name: engine}, gate=gate), engine

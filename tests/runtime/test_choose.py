@@ -25,6 +25,11 @@ def test_a_tie_goes_to_the_answer_that_comes_first() -> None:
     assert vote(["5", "6", "6", "5"], Vote()) == (0, "2 of 4 proposals voted for 5")
 
 
+def test_a_vote_counts_as_much_as_the_gate_says() -> None:
+    assert vote(["5", "6", "6"], Vote(), (0.6, 0.2, 0.2)) == (0, "1 of 3 proposals voted for 5 with 60% of the weight")
+    assert vote(["5", "6", "6"], Vote(), (0.4, 0.3, 0.3))[0] == 1
+
+
 def test_proposals_without_an_answer_do_not_vote() -> None:
     assert vote(["no idea", "none", "42"], Vote())[0] == 2
 

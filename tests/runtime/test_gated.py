@@ -66,6 +66,17 @@ async def test_the_aggregator_is_told_how_much_each_draft_counts() -> None:
     assert "weight of a draft" in prompt
 
 
+async def test_a_gate_that_explores_asks_agents_drawn_at_random_as_equals() -> None:
+    spec: Any = {"gate": {"kind": "random", "k": 2, "explore": 1.0}}
+    asked = set()
+    for _ in range(40):
+        run, engine = gated(Choice({"a1": 1.0}), 4, **spec)
+        event = decided(await run.run("why?"))
+        assert event.note == "explores" and event.calls == 3 and set(event.weights.values()) == {1.0}
+        asked |= {call.agent for call in engine.calls}
+    assert asked == {"a1", "a2", "a3", "a4", "chief"}
+
+
 async def test_drafts_that_count_the_same_have_no_weight() -> None:
     run, engine = gated(Choice({"a1": 1.0, "a2": 1.0}), 3)
     await run.run("why?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import pytest
@@ -55,6 +56,26 @@ def test_the_slow_one_decodes_nothing_after_the_cut_and_its_tokens_are_accounted
     (cut,) = [event for event in result.trace if isinstance(event, AgentCancelled)]
     assert cut.agent == "a3" and 0 < cut.usage.completion_tokens < 40
     assert engine.decoded == result.usage.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("policy", "longest_s"),
+    [
+        ({"quorum": 2}, inf),
+        ({"quorum": 2, "grace_s": 9}, 0.5),
+        ({"layer_deadline_s": 9}, 0.5),
+        ({"early_exit": {"proposals": 2}}, 0.5),
+    ],
+)
+async def test_only_a_proposal_that_may_be_cut_off_is_told_of_before_its_end(
+    policy: dict[str, Any], longest_s: float
+) -> None:
+    run, engine = panel(3, spec={"policy": policy})
+    await run.run("why?", RunOptions(answer_flush_s=inf))
+    assert {call.agent: call.flush_s for call in engine.calls} == {
+        **dict.fromkeys(("a1", "a2", "a3"), longest_s),
+        "chief": inf,
+    }
 
 
 def test_a_required_agent_is_waited_for_whatever_the_quorum() -> None:

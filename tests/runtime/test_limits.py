@@ -59,7 +59,7 @@ async def test_a_run_whose_wishes_are_refused_asks_no_engine() -> None:
 
 
 async def test_a_request_may_choose_how_it_is_streamed() -> None:
-    run, _ = panel(2, ttft_s=0.01, itl_s=0.001, reply_tokens=80)
+    run, _ = panel(2, ttft_s=0.01, itl_s=0.02, reply_tokens=80)
     result = await run.run("why?", RunOptions(policy={"streaming": "staircase", "chunk_tokens": 8, "patience": 0.1}))
     assert result.agents[-1].stages > 1 and result.text.split()[-1] == "80"
     with pytest.raises(RequestError, match=r"policy\.streaming"):

@@ -7,6 +7,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 from moa_ray.engines import Scripted
+from moa_ray.gates.feedback import Answered, Feedback, Judgement
 from moa_ray.graph import Graph, Message
 from moa_ray.runtime import Event, Runner, RunOptions
 from moa_ray.server import ServerSettings, create_app
@@ -21,6 +22,7 @@ class LocalBackend:
     def __init__(self, *runners: Runner) -> None:
         self.runners = {runner.graph.spec.name: runner for runner in runners}
         self.down: list[str] = []
+        self.feedback: Feedback | None = None
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -35,6 +37,14 @@ class LocalBackend:
         async with aclosing(self.runners[graph].batches(messages, options)) as batches:
             async for batch in batches:
                 yield batch
+
+    def remember(self, answered: Answered) -> None:
+        assert self.feedback is not None
+        self.feedback.remember(answered)
+
+    async def judge(self, judgement: Judgement) -> None:
+        assert self.feedback is not None
+        self.feedback.judge(judgement)
 
     async def unready(self) -> list[str]:
         return self.down
@@ -60,5 +70,7 @@ def serving(
     """A panel of so many agents a layer (see `panel`) behind HTTP on loopback."""
     runner, engine = panel(*(layers or (3,)), spec=spec, **options)
     backend = LocalBackend(runner)
+    if settings and settings.feedback:
+        backend.feedback = Feedback(settings.feedback)
     with answering(create_app(backend, settings)) as url:
         yield Served(url, backend, engine)

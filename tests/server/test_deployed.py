@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -11,10 +12,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -27,10 +30,13 @@ from moa_ray.cluster import Session, operate
 from moa_ray.cluster.deploy import deploy
 from moa_ray.cluster.session import Listen, details_of
 from moa_ray.errors import ClusterError, RequestError, ResourcesShort, SpecError
+from moa_ray.gates.learned import outcomes
+from moa_ray.gates.learned.file import GateFile
 from moa_ray.graph import Graph, from_dict
 from moa_ray.server import ServerSettings
 from moa_ray.server.deployed import api_keys, application, config, http
 from tests.conftest import HTTP_PORT, until
+from tests.gates.learned.embedder import WIDTH, embedding
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
 
@@ -112,17 +118,37 @@ class Load:
         until(lambda: len(self.texts) >= wanted or bool(self.failures))
 
 
-def test_a_graph_is_called_as_an_openai_model_and_so_is_each_agent() -> None:
-    with up(panel(reply="{agent} says {prompt}", chief={"reply": "the end"})) as url:
-        answer = client(url).chat.completions.create(model="panel", messages=WHY)
-        assert answer.choices[0].message.content == "the end"
-        stream = client(url).chat.completions.create(model="panel/a1", messages=WHY, stream=True)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "a1 says why?"
-        assert [m.id for m in client(url).models.list()] == ["panel", "panel/a1", "panel/a2", "panel/chief"]
-        with pytest.raises(openai.NotFoundError, match="did you mean 'panel'"):
-            client(url).chat.completions.create(model="pannel", messages=WHY)
-        response = httpx2.get(f"{url}/ready")
-        assert response.status_code == 200 and len(response.headers.get_list("x-request-id")) == 1
+@pytest.fixture(scope="module")
+def shared(ray_cluster: None) -> Iterator[str]:
+    """The graphs `panel` and `other` in one application, which no test changes; its base URL."""
+    graph = panel(reply="{agent} says {prompt}", chief={"reply": "the end"})
+    other = from_dict({**panel().spec.model_dump(exclude_unset=True), "name": "other"})
+    with up(graph, other) as url:
+        yield url
+
+
+def test_a_graph_is_called_as_an_openai_model_and_so_is_each_agent(shared: str) -> None:
+    answer = client(shared).chat.completions.create(model="panel", messages=WHY)
+    assert answer.choices[0].message.content == "the end"
+    stream = client(shared).chat.completions.create(model="panel/a1", messages=WHY, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "a1 says why?"
+    with pytest.raises(openai.NotFoundError, match="did you mean 'panel'"):
+        client(shared).chat.completions.create(model="pannel", messages=WHY)
+    response = httpx2.get(f"{shared}/ready")
+    assert response.status_code == 200 and len(response.headers.get_list("x-request-id")) == 1
+
+
+def test_several_graphs_are_several_models(shared: str) -> None:
+    names = [f"{graph}{agent}" for graph in ("panel", "other") for agent in ("", "/a1", "/a2", "/chief")]
+    assert [model.id for model in client(shared).models.list()] == names
+    assert client(shared).chat.completions.create(model="other", messages=WHY).model == "other"
+
+
+def test_what_is_not_there_cannot_be_operated(shared: str) -> None:
+    with pytest.raises(RequestError, match=r"(?s)has no engine 'on'.*did you mean 'one'"):
+        operate.scale(shared.rpartition("/")[2], {"on": 2})
+    with pytest.raises(RequestError, match="there is no application 'nothing'"):
+        operate.delete("nothing")
 
 
 def test_below_a_route_prefix_a_key_is_needed_too() -> None:
@@ -133,28 +159,20 @@ def test_below_a_route_prefix_a_key_is_needed_too() -> None:
         assert keyed.chat.completions.create(model="panel", messages=WHY).choices
 
 
-def test_several_graphs_are_several_models() -> None:
-    other = from_dict({**panel().spec.model_dump(exclude_unset=True), "name": "other"})
-    with up(panel(), other) as url:
-        assert {"panel", "other"} <= {model.id for model in client(url).models.list()}
-        assert client(url).chat.completions.create(model="other", messages=WHY).model == "other"
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_every_engine(stream: bool) -> None:
+def test_a_client_that_leaves_stops_every_engine() -> None:
     with up(panel(itl_s=0.01, reply_tokens=100_000, chief={"itl_s": 0.01, "reply_tokens": 100_000})) as url:
         app = url.rpartition("/")[2]
 
         def ongoing() -> int:
             return sum(engine.load.ongoing for engine in operate.status(app)[0].engines)
 
-        body = {"model": "panel", "messages": WHY, "stream": stream}
-        with ThreadPoolExecutor(1) as pool:
-            gone = pool.submit(httpx2.post, f"{url}/v1/chat/completions", json=body, timeout=3)
+        for stream in (True, False):
+            body = json.dumps({"model": "panel", "messages": WHY, "stream": stream})
+            caller = HTTPConnection("127.0.0.1", HTTP_PORT)
+            caller.request("POST", f"/{app}/v1/chat/completions", body, {"Content-Type": "application/json"})
             until(lambda: ongoing() == 2)
-            with pytest.raises(httpx2.TimeoutException):
-                gone.result()
-        until(lambda: ongoing() == 0)
+            caller.close()
+            until(lambda: ongoing() == 0)
 
 
 def test_a_reader_that_does_not_read_holds_no_place() -> None:
@@ -246,8 +264,30 @@ def test_the_status_tells_replicas_gpus_and_load() -> None:
         assert (found.state, found.route_prefix, one.engine, two.engine) == ("RUNNING", f"/{app}", "one", "two")
         assert (one.wanted, one.alive, one.gpus, one.queued) == (2, 2, 2, 0)
         assert (len(one.load.seconds), len(two.load.seconds)) == (6, 3)
-        assert (one.load.percentile(50) or 0) >= 0.02
+        assert (one.load.percentile(50) or 0) >= 0.02 and one.hint == 1
         assert app in [each.app for each in operate.status()]
+
+
+def test_the_status_says_how_many_replicas_the_load_asks_for() -> None:
+    busy = panel(replicas={"min": 1, "max": 4, "target_ongoing_requests": 0.01}, ttft_s=0.5)
+    with up(busy) as url:
+        for _ in range(3):
+            client(url).chat.completions.create(model="panel", messages=WHY)
+        (found,) = operate.status(url.rpartition("/")[2])
+        one, two = found.engines
+        assert one.load.mean_ongoing >= 6 * 0.5 / 60 and one.hint == math.ceil(one.load.mean_ongoing / 0.01) > 4
+        assert two.hint == 1
+
+
+def test_what_is_said_of_an_answer_is_kept_whichever_gateway_gave_it(tmp_path: Path) -> None:
+    kept = tmp_path / "feedback.jsonl"
+    with up(panel(), settings=ServerSettings(gateways=2, feedback=kept)) as url:
+        for _ in range(6):
+            answer = client(url).chat.completions.create(model="panel", messages=WHY)
+            said = httpx2.post(f"{url}/v1/feedback", json={"id": answer.id, "thumb": "up"})
+            assert said.status_code == 200, said.text
+        assert httpx2.post(f"{url}/v1/feedback", json={"id": "nobody", "thumb": "up"}).status_code == 400
+    assert len(outcomes.load(kept, ("a1", "a2"), with_panel=True).questions) == 6
 
 
 def gated(graph: Graph, **gate: Any) -> Graph:
@@ -296,6 +336,34 @@ def test_a_gate_with_a_model_has_an_actor_of_its_own_and_without_it_everybody_an
         until(lambda: asked() == 2)
 
 
+def test_a_learned_gate_that_has_no_good_file_lets_everybody_answer_until_it_has_one(tmp_path: Path) -> None:
+    file = tmp_path / "gate.safetensors"
+
+    def write(best: int) -> None:
+        w_gate = np.zeros((WIDTH + 1, 2), np.float32)
+        w_gate[-1, best] = 9.0
+        GateFile("noisy_top_k", ("a1", "a2"), "e", {"w_gate": w_gate}).write(file)
+
+    with embedding() as endpoint:
+        gate = {"kind": "noisy_top_k", "k": 1, "file": str(file), "timeout_s": 5}
+        with up(gated(panel(), **gate, embeddings={"base_url": endpoint.url, "model": "e"})) as url:
+
+            def told() -> tuple[set[str], str]:
+                answer = client(url).chat.completions.create(model="panel", messages=WHY)
+                moa = (answer.model_extra or {})["moa"]
+                return {row["agent"] for row in moa["agents"]}, moa["gates"][0]["failed"] or moa["gates"][0]["note"]
+
+            everybody, why = told()
+            assert everybody == {"a1", "a2", "chief"} and "there is no gate file" in why
+            write(1)
+            assert told() == ({"a2", "chief"}, "")
+            file.write_bytes(os.urandom(400))
+            chosen, why = told()
+            assert chosen == {"a2", "chief"} and "cannot be read" in why
+            write(0)
+            assert told() == ({"a1", "chief"}, "")
+
+
 def test_a_gateway_that_dies_costs_its_own_connections_alone() -> None:
     callers = 6
     with up(panel(ttft_s=0.05), settings=ServerSettings(gateways=2)) as url, Load(url, callers) as load:
@@ -317,15 +385,6 @@ def test_scaling_beyond_the_cluster_is_told_and_taken_back(monkeypatch: pytest.M
             operate.scale(app, {"one": 3})
         assert details_of(app)["deployments"]["engine.panel.one"]["target_num_replicas"] == 1
         assert client(url).chat.completions.create(model="panel", messages=WHY).choices
-
-
-def test_what_is_not_there_cannot_be_operated() -> None:
-    with up(panel()) as url:
-        app = url.rpartition("/")[2]
-        with pytest.raises(RequestError, match=r"(?s)has no engine 'on'.*did you mean 'one'"):
-            operate.scale(app, {"on": 2})
-        with pytest.raises(RequestError, match="there is no application 'nothing'"):
-            operate.delete("nothing")
 
 
 def test_every_agent_with_an_engine_of_its_own_has_a_gpu_of_its_own() -> None:

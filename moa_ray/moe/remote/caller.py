@@ -261,12 +261,12 @@ class Caller:
                 self.version = header["version"]
         while True:
             with self.peers.changed:
-                entry = next((entry for entry in self._journal if entry.number > seen), None)
+                entry = next((each for each in self._journal if each.number > seen or self._awaits(each, peer)), None)
                 if entry is None:
                     self.peers.bring_up(peer)
                     return
                 newest = entry.number == self._number
-            if entry.number != seen + 1:
+            if entry.number > seen + 1:
                 raise PoolLost(f"{peer.name} came back older than what this caller still knows")
             message, pieces = entry.message(peer, answer=newest)
             header, payload = peer.ask(message, pieces, self.patience.call_s)
@@ -274,3 +274,7 @@ class Caller:
                 self._book(entry, peer, header, payload)
             peer.durable = header.get("durable", peer.durable)
             seen = entry.number
+
+    def _awaits(self, entry: _Entry, peer: Peer) -> bool:
+        """Whether a message may have been taken by a worker that then died, or lost its connection, unheard."""
+        return entry.number == self._number and peer.name not in entry.replies

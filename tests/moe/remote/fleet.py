@@ -23,6 +23,9 @@ from moa_ray.moe.remote.snapshot import Loaded, Sizes, Snapshots
 from moa_ray.moe.remote.worker import ShardWorker
 
 SECRET = "only for tests"
+Sabotage = Callable[[type[Shard]], None]
+"""Changes the shards of all workers for the worse."""
+
 PATIENCE = Patience(call_s=20, hedge_s=10, restore_s=20)
 
 _processes = multiprocessing.get_context("forkserver")
@@ -30,12 +33,10 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torch.fx.experimental.symbolic_shapes", __name__])
 
 
-def _serve(
-    pipe: Connection, name: str, spec: ShardSpec, experts: tuple[int, ...], poison: Callable[..., Any] | None
-) -> None:
+def _serve(pipe: Connection, name: str, spec: ShardSpec, experts: tuple[int, ...], poison: Sabotage | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if poison:
-        Shard.forward = poison(Shard.forward)  # type: ignore[method-assign]
+        poison(Shard)
     worker = ShardWorker(name, spec, experts, SECRET, "127.0.0.1")
     pipe.send(worker.address)
     while pipe.poll(None):  # until the test's end closes
@@ -45,7 +46,7 @@ def _serve(
 class Fleet:
     """Starts workers, starts them again when they die, and is the directory of their callers."""
 
-    def __init__(self, spec: ShardSpec, placement: Placement, poison: Callable[..., Any] | None = None) -> None:
+    def __init__(self, spec: ShardSpec, placement: Placement, poison: Sabotage | None = None) -> None:
         self.spec = spec
         self._poison = poison
         self._changed = threading.Condition()
@@ -114,7 +115,7 @@ def fleet(
     local: LocalExperts,
     shards: int = 2,
     replicas: int = 1,
-    poison: Callable[..., Any] | None = None,
+    poison: Sabotage | None = None,
     **options: Any,
 ) -> Iterator[Fleet]:
     """Workers that begin with the weights of some local experts."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moa_ray.moe import ExpertsLost, LocalExperts, MoE, PoisonedBatch, SoftmaxTopK
 from moa_ray.moe.remote.peers import Patience
+from moa_ray.moe.remote.shard import Shard
 from tests.conftest import until
 from tests.moe.remote.fleet import fleet
 from tests.moe.remote.test_training import EXPERTS, D, Remote, fresh
@@ -28,15 +29,16 @@ def rows(seed: int = 0) -> Tensor:
     return torch.randn(int(COUNTS_E.sum()), D, generator=torch.Generator().manual_seed(seed))
 
 
-def deadly(forward: Callable[..., Any]) -> Callable[..., Any]:
+def deadly(shard: type[Shard]) -> None:
     """A shard that is killed by a certain value, as by a bug in a kernel."""
+    forward: Callable[..., Any] = shard.forward
 
     def poisoned(self: Any, x_RD: Tensor, *rest: Any) -> Any:
         if (x_RD == POISON).any():
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, x_RD, *rest)
 
-    return poisoned
+    shard.forward = poisoned  # type: ignore[method-assign, assignment]
 
 
 @torch.no_grad()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from torch import Tensor
 from moa_ray.moe import LocalExperts, MoE, NoisyTopK
 from moa_ray.moe.remote.autograd import RemoteCall
 from moa_ray.moe.remote.caller import Caller
+from moa_ray.moe.remote.shard import Shard
+from moa_ray.moe.remote.snapshot import Snapshots
 from tests.moe.remote.fleet import fleet
 
 EXPERTS, D, H, TOKENS = 6, 8, 12, 40
@@ -126,6 +131,29 @@ def test_a_shard_killed_at_any_moment_of_training_changes_no_bit(tmp_path: Path,
         assert same(train_remotely(caller, steps=7, pause_s=0.01), expected)
         killer.join()
         assert same_weights(caller, local)
+
+
+def dies_after_its_first_snapshot(shard: type[Shard]) -> None:
+    """A step is done and on disk, and nobody was told."""
+
+    def save(self: Shard, snapshots: Snapshots) -> None:
+        snapshots.write(self.name, self.experts, self.state())
+        if self.version == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shard.save = save  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("callers", [1, 2])
+def test_a_step_that_a_shard_took_and_did_not_answer_is_asked_about_again(tmp_path: Path, callers: int) -> None:
+    _, local = train_locally(5, callers)
+    options: dict[str, Any] = {"poison": dies_after_its_first_snapshot, "callers": callers}
+    with fleet(tmp_path, fresh(), shards=2, **options) as workers, ThreadPoolExecutor() as threads:
+        ours = [workers.caller(rank) for rank in range(callers)]
+        for run in [threads.submit(train_remotely, caller, 5) for caller in ours]:
+            run.result(timeout=60)
+        assert {worker.life for worker in workers.table().workers.values()} == {2}
+        assert same_weights(ours[0], local)
 
 
 def test_several_callers_survive_a_kill(tmp_path: Path) -> None:
