@@ -5,16 +5,17 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 VENV := .venv
 VLLM_VENV := .venv-vllm
 CLIENTS_VENV := .venv-clients
+INTEGRATIONS := airflow langgraph prefect ray-data
 TOOLS := .tools
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
 QUESTION ?= Why is the sky blue? Answer in two sentences.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm lint types unit bench audit clean
+.PHONY: help setup demo test test-vllm test-integrations lint types unit bench audit clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { \
@@ -51,6 +52,12 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@$(VLLM_VENV)/bin/python -c 'import moa_ray, ray.serve.llm'
 	@touch $@
 
+.venv-%/.ready: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the plug-in of $* in .venv-$* (once)"
+	@$(BIN)/python -m venv .venv-$*
+	@.venv-$*/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt -e '.[$*,test]'
+	@touch $@
+
 $(TOOLS)/.ready: Makefile
 	@echo "Unpacking Prometheus in $(TOOLS) (once), out of Debian's package"
 	@mkdir -p $(TOOLS)
@@ -83,6 +90,10 @@ unit: $(VENV)/.dev $(CLIENTS_VENV)/.ready $(TOOLS)/.ready  ## The tests, with co
 test-vllm: $(VLLM_VENV)/.ready  ## A graph on vLLM, for real on the CPU, in an environment of its own
 	@$(VLLM_VENV)/bin/python -m pytest tests/vllm -W default --disable-warnings
 
+test-integrations: $(INTEGRATIONS:%=.venv-%/.ready)  ## Each plug-in in its workflow engine, in an environment of its own
+	@set -e; for each in $(INTEGRATIONS); do \
+	  .venv-$$each/bin/python -m pytest tests/integrations/test_$$(echo $$each | tr - _).py -W default --disable-warnings; done
+
 bench: $(VENV)/.dev  ## The benchmarks; they print ratios
 	@$(BIN)/python -m benchmarks
 
@@ -91,4 +102,4 @@ audit: $(VENV)/.dev  ## Known vulnerabilities of what is installed, by the Pytho
 	@$(BIN)/pip-audit --local --skip-editable
 
 clean:  ## Remove what was built
-	@rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) $(TOOLS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*
+	@rm -rf $(VENV) $(VENV)-* $(TOOLS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*

@@ -29,6 +29,8 @@ class Asked(TypedDict, total=False):
         drafts: Whether the answer brings the proposals.
         k: Ask only the first `k` agents of each layer; a list says it layer by layer.
         policy: Keys of the graph's policy with other values, within its deployer's limits.
+        call: Make this one call of the graph alone, by its id; `answer` is the aggregator.
+        proposals: What that call is shown, by the id of the call that wrote it.
 
     The others are OpenAI's, for the aggregator.
     """
@@ -37,6 +39,8 @@ class Asked(TypedDict, total=False):
     drafts: bool
     k: int | list[int] | None
     policy: Mapping[str, Any] | None
+    call: str | None
+    proposals: Mapping[str, str] | None
     temperature: float | None
     top_p: float | None
     max_tokens: int | None
@@ -100,9 +104,15 @@ def body_of(model: str, prompt: str | Messages, asked: Asked, *, stream: bool) -
     if unknown := sorted(asked.keys() - Asked.__annotations__.keys()):
         raise RequestError(f"unknown option: {', '.join(unknown)}", hint=f"known: {', '.join(Asked.__annotations__)}")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    moa = {"drafts": asked.get("drafts", False), "k": asked.get("k"), "policy": dict(asked.get("policy") or {})}
+    moa = {
+        "drafts": asked.get("drafts", False),
+        "k": asked.get("k"),
+        "policy": dict(asked.get("policy") or {}),
+        "call": asked.get("call"),
+        "proposals": dict(asked.get("proposals") or {}),
+    }
     streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-    options = {name: value for name, value in asked.items() if name not in ("model", "drafts", "k", "policy")}
+    options = {name: value for name, value in asked.items() if name not in ("model", *moa)}
     return {"model": model, "messages": messages, "moa": moa, **streaming, **options}
 
 

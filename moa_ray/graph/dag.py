@@ -189,6 +189,8 @@ def _names(spec: GraphSpec) -> Iterable[Problem]:
                 hint = f"for several answers of one agent write samples: {layer.count(agent_name)}"
                 yield Problem(("layers", number, position), f"{agent_name!r} stands twice in this layer", hint)
     for name, node in spec.nodes.items():
+        if name in (ANSWER, RANK):
+            yield Problem(("nodes", name), "the aggregator's own call has this name", "call the node otherwise")
         yield from _inputs(spec, name, node)
 
 

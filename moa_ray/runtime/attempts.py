@@ -149,9 +149,10 @@ class _Asking:
             raise
 
     def _limit_s(self) -> float:
-        stages_left = self._plan.graph.depth + 2 - self._call.layer
+        last = self._call is self._plan.answer
+        stages_left = 1 if last else self._plan.graph.depth + 2 - self._call.layer
         share_s = (self._deadline - self._clock()) / stages_left
-        layer_s = self._plan.policy.layer_deadline_s if self._call is not self._plan.answer else None
+        layer_s = self._plan.policy.layer_deadline_s if not last else None
         return min(self._agent.timeout_s or inf, layer_s or inf, share_s)
 
     async def _until_answered(self) -> Outcome:

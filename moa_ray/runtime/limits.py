@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -78,3 +79,39 @@ def answer_for(graph: Graph, agent: str | None) -> Call | None:
         hint = did_you_mean(agent, known) or f"there are: {', '.join(known)}"
         raise ModelNotFound(f"{graph.spec.name} has no agent {agent!r}", hint=hint)
     return Call(ANSWER, agent, graph.depth + 1)
+
+
+def step_for(graph: Graph, name: str | None, proposals: Mapping[str, str]) -> tuple[tuple[Call, ...], Call | None]:
+    """One call of the graph alone, and those whose texts it is shown.
+
+    Args:
+        graph: The graph.
+        name: Id of the call; `answer` is the aggregator, whatever its kind.
+        proposals: What it is shown, by the id of the call that wrote it.
+
+    Returns:
+        The calls that wrote the proposals, in the order in which they are shown, and the call; None for a vote.
+
+    Raises:
+        RequestError: If the graph has no such call, or the proposals are not those that it sees.
+    """
+    calls = {call.id: call for call in graph.calls}
+    steps = {**calls, ANSWER: graph.answer, **({graph.answer.id: graph.answer} if graph.answer else {})}
+    if name is None:
+        raise RequestError("proposals: for which call?", hint=f"say call: one of {', '.join(steps)}")
+    if name not in steps:
+        hint = did_you_mean(name, steps) or f"there are: {', '.join(steps)}"
+        raise RequestError(f"call: {graph.spec.name} has no call {name!r}", hint=hint)
+    step = steps[name]
+    sees = graph.finals if step is None else step.inputs
+    if strange := [each for each in proposals if each not in sees]:
+        raise RequestError(
+            f"proposals: {name} does not see {', '.join(strange)}", hint=f"it sees: {', '.join(sees) or 'nothing'}"
+        )
+    given = tuple(replace(calls[each], inputs=()) for each in sees if each in proposals)
+    required = {each for each in sees if graph.spec.agents[calls[each].agent].required}
+    if missing := sorted(required - proposals.keys()):
+        raise RequestError(f"proposals: {name} needs that of {', '.join(missing)}")
+    if len(given) < min(graph.spec.policy.quorum, len(sees)):
+        raise RequestError(f"proposals: {name} sees {len(sees)}, with a quorum of {graph.spec.policy.quorum}")
+    return given, None if step is None else replace(step, inputs=tuple(call.id for call in given))

@@ -10,9 +10,9 @@ from math import inf
 from typing import Any, Literal
 
 from moa_ray.engines.protocol import Sampling
-from moa_ray.graph import Call, Graph, Message, Policy
+from moa_ray.errors import RequestError
+from moa_ray.graph import RANK, Call, Graph, Message, Policy
 from moa_ray.graph.prompts import Prompt
-from moa_ray.graph.spec import RankAggregator
 from moa_ray.runtime import limits
 
 _SEEDS = 2**31
@@ -34,6 +34,8 @@ class RunOptions:
         k: Ask only `k` agents of each layer, the first, or those that the gate prefers; a sequence says it layer by
             layer.
         policy: Keys of the graph's policy with other values; see `limits`.
+        call: Make this one call of the graph alone, by its id; `answer` is the aggregator, whatever its kind.
+        proposals: What that call is shown, by the id of the call that wrote it.
     """
 
     draft_flush_s: float = inf
@@ -44,6 +46,8 @@ class RunOptions:
     extra: Mapping[str, Any] = field(default_factory=dict)
     k: int | tuple[int, ...] | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
+    call: str | None = None
+    proposals: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ class Plan:
         policy: The graph's policy with the request's wishes.
         messages: The conversation.
         options: How the reader wants the run.
-        calls: The proposers' calls, inputs before those that see them; none where one agent is asked alone.
+        calls: The proposers' calls, inputs before those that see them; none where one agent is asked alone. Of
+            those whose text the request brings along, no engine is asked.
         answer: The call that answers or ranks; None for a vote.
         counts: The most agents that answer, layer by layer.
         weights: How much each agent counts, where a gate said so.
@@ -81,6 +86,14 @@ class Plan:
         if options.k is not None and graph.spec.gate.kind == "all":
             graph = graph.with_layers([agents[:n] for agents, n in zip(graph.spec.layers, counts, strict=True)])
         policy = limits.policy_for(graph, options.policy)
+        if options.call is not None or options.proposals:
+            if options.agent is not None:
+                raise RequestError(
+                    f"call: {options.agent} is asked alone, and one call of the graph; either of the two"
+                )
+            given, answer = limits.step_for(graph, options.call, options.proposals)
+            policy = policy.model_copy(update={"streaming": "barrier"})  # everything is there already
+            return cls(graph, policy, tuple(messages), options, given, answer)
         answer = limits.answer_for(graph, options.agent)
         calls = () if options.agent else graph.calls
         return cls(graph, policy, tuple(messages), options, calls, answer, tuple(counts))
@@ -107,11 +120,19 @@ class Plan:
     @property
     def size(self) -> int:
         """Engine calls of the run, where each succeeds at once."""
-        return len(self.calls) + (self.answer is not None)
+        return len(self.calls) - len(self.options.proposals) + (self.answer is not None)
+
+    @property
+    def finals(self) -> tuple[str, ...]:
+        """Ids of the calls whose answers the aggregator sees."""
+        if self.answer is not None:
+            return self.answer.inputs
+        there = {call.id for call in self.calls}
+        return tuple(name for name in self.graph.finals if name in there)
 
     def ranks(self, call: Call) -> bool:
         """Whether `call` names the best proposal, in place of answering."""
-        return call is self.graph.answer and isinstance(self.graph.spec.aggregator, RankAggregator)
+        return call is self.answer and call.id == RANK
 
     def answers(self, call: Call) -> bool:
         """Whether the text of `call` is the run's answer."""
@@ -147,10 +168,13 @@ class Plan:
     def sampling(self, call: Call) -> Sampling:
         """How `call` is sampled."""
         agent, wanted = self.graph.spec.agents[call.agent], self.options.sampling
+        proposals = [each.id for each in self.graph.calls]
         seed = agent.seed + call.sample - 1 if agent.seed is not None else None
         if wanted.seed is not None:
-            seed = (wanted.seed + (self.calls.index(call) + 1 if call in self.calls else 0)) % _SEEDS
+            seed = (wanted.seed + (proposals.index(call.id) + 1 if call.id in proposals else 0)) % _SEEDS
         sampling = Sampling(agent.temperature, agent.top_p, agent.max_tokens, seed, tuple(agent.stop))
+        if agent.max_tokens is None and call.id in proposals:  # cap proposals, never the aggregator
+            sampling = replace(sampling, max_tokens=self.graph.spec.proposal_max_tokens)
         if self.answers(call):
             return replace(
                 sampling,
@@ -159,6 +183,4 @@ class Plan:
                 max_tokens=wanted.max_tokens or sampling.max_tokens,
                 stop=wanted.stop or sampling.stop,
             )
-        if agent.max_tokens is None and call in self.calls:  # cap proposals, never the aggregator
-            sampling = replace(sampling, max_tokens=self.graph.spec.proposal_max_tokens)
         return sampling

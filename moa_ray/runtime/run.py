@@ -60,7 +60,7 @@ class Run:
 
     async def _answer(self) -> Answer | MoARayError:
         caller = self._caller
-        if self._gate is not None and self._plan.calls:
+        if self._gate is not None and self._plan.calls and self._plan.options.call is None:
             plan, outcome = await gated.decide(*self._gate, caller)
             if outcome is not None:
                 self.journal.emit_answer(outcome.text)

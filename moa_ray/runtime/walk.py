@@ -63,14 +63,15 @@ class Walk:
             for call in plan.calls:  # topological order: the inputs of a call are tasks already
                 joins.open(group, call.inputs)
                 joins.calls[call.id] = group.create_task(self._call(call))
-            finals = plan.graph.finals if plan.calls else ()
-            joins.open(group, finals)
-            result = await self._aggregate(finals)
+            joins.open(group, plan.finals)
+            result = await self._aggregate(plan.finals)
             joins.cancel()  # stragglers that nobody waits for
         return result
 
     async def _call(self, call: Call) -> Outcome:
-        """One call, in the best mode that it can have."""
+        """One call, in the best mode that it can have; none where the request brought its text along."""
+        if (text := self._plan.options.proposals.get(call.id)) is not None:
+            return Outcome(call, text)
         mode, inputs = await self._modes.of(call), self._joins.answers(call.inputs)
         if mode == "staircase":
             return await self._staircase.climb(call, inputs)

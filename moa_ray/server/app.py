@@ -99,6 +99,7 @@ class _Routes:
         if (body.n or 1) > self._settings.max_n:
             raise RequestError(f"n: {body.n} is more than the {self._settings.max_n} allowed here")
         drafts = self._settings.drafts if body.moa.drafts is None else body.moa.drafts
+        drafts = drafts and body.moa.call is None  # one call alone has none
         return await self._answer(body, Chat(body, drafts=drafts), request, done=_DONE)
 
     async def response(self, body: ResponsesRequest, request: Request) -> Response:

@@ -71,6 +71,10 @@ class MoAOptions(BaseModel):
     """Ask only the first `k` agents of each layer; a list says it layer by layer."""
     policy: dict[str, Any] = Field(default_factory=dict)
     """Keys of the graph's `policy` with other values."""
+    call: str | None = None
+    """Make this one call of the graph alone, by its id in `GET /v1/graphs/{name}`; `answer` is the aggregator."""
+    proposals: dict[str, str] = Field(default_factory=dict)
+    """What that call is shown, by the id of the call that wrote it."""
 
 
 class _Request(BaseModel):
@@ -94,6 +98,8 @@ class _Request(BaseModel):
             extra=extra,
             k=k,
             policy=self.moa.policy,
+            call=self.moa.call,
+            proposals=self.moa.proposals,
         )
 
 

@@ -121,6 +121,21 @@ async def test_conversation_options_and_wishes_reach_the_server(served: Served, 
 
 
 @BOTH
+async def test_one_call_of_the_graph_is_made_alone_with_the_proposals_that_it_sees(
+    served: Served, client: type[Either]
+) -> None:
+    served.engine.calls.clear()
+    caller = client(f"{served.url}/v1")
+    proposal = await caller.run("why?", call="1/a2")
+    assert (proposal.text, [call.call for call in proposal.agents]) == ("a2 says why?", ["1/a2"])
+    answer = await caller.run("why?", call="answer", proposals={"1/a1": "Because.", "1/a2": proposal.text}, drafts=True)
+    assert (answer.text, answer.drafts) == ("one two three four", "")
+    assert [call.agent for call in served.engine.calls] == ["a2", "chief"]
+    with pytest.raises(RequestError, match="does not see 1/a9"):
+        await caller.run("why?", call="answer", proposals={"1/a9": "Because."})
+
+
+@BOTH
 async def test_models_are_listed_and_the_first_is_asked(served: Served, client: type[Either]) -> None:
     assert await client(f"{served.url}/v1").models() == ["panel", "panel/a1", "panel/a2", "panel/chief"]
 
