@@ -64,6 +64,7 @@ $(TOOLS)/.ready: Makefile
 	@cd $(TOOLS) && { apt-get download -qq prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb; } 2>/dev/null \
 	  || echo "There are no Debian packages here: tests skip what needs Prometheus, unless it is on the PATH"
 	@command -v chromium google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && \
+	  echo "Installing Chromium with apt-get, for the tests of the playground" && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1; } \
 	  || echo "There is no Chromium here: tests of the playground are skipped"
 	@touch $@

@@ -35,12 +35,17 @@ def graph(layers: int, **options: Any) -> Graph:
     )
 
 
+def runner(graph: Graph) -> Runner:
+    """Runs requests in this process."""
+    engines = {name: Scripted(ScriptedOptions.model_validate(spec.options)) for name, spec in graph.engines.items()}
+    return Runner(graph, engines)
+
+
 def in_process(graph: Graph) -> Callable[[], RunResult]:
     """A function that runs one request in this process."""
-    engines = {name: Scripted(ScriptedOptions.model_validate(spec.options)) for name, spec in graph.engines.items()}
-    runner = Runner(graph, engines)
+    running = runner(graph)
     loop = asyncio.new_event_loop()
-    return lambda: loop.run_until_complete(runner.run("why?"))
+    return lambda: loop.run_until_complete(running.run("why?"))
 
 
 def p50_s(ask: Callable[[], object], repeats: int) -> float:

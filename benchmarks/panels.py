@@ -36,7 +36,7 @@ _EXAMPLES = (
 _ENGINE = {"kind": "llamacpp", "slots": 8, "threads": 2, "context_window": 4096}
 _SAMPLES = 8
 _DRAFTS = 4
-"""Samples that are synthesised: a small model loses itself in more."""
+"""Samples that are synthesised: reading eight would have taken twice the time."""
 _MOST_TOKENS = 200
 
 

@@ -19,8 +19,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from moa_ray.engines import Scripted, ScriptedOptions
-from moa_ray.graph import Message, conversation, from_dict
+from benchmarks.orchestration import graph, runner
+from moa_ray.graph import Message, conversation
 from moa_ray.runtime import Runner, RunOptions, RunSpans
 from moa_ray.runtime.records import Recorder
 from moa_ray.server import ServerSettings
@@ -28,25 +28,8 @@ from moa_ray.server.edge import Admission
 from moa_ray.server.metrics import Metrics
 from moa_ray.server.runs import Choice
 
-_AGENTS = ["a1", "a2", "a3", "chief"]
 _QUESTION: list[Message] = conversation("Why is the sky blue?")
 _BLOCK = 10
-
-
-def panel() -> Runner:
-    """The graph, over one scripted engine that takes no time."""
-    graph = from_dict(
-        {
-            "version": 1,
-            "name": "panel",
-            "engines": {"script": {"kind": "scripted", "model": "script", "reply_tokens": 40}},
-            "agents": {name: {"engine": "script"} for name in _AGENTS},
-            "layers": [_AGENTS[:3], _AGENTS[:3]],
-            "aggregator": "chief",
-        }
-    )
-    options = ScriptedOptions.model_validate(graph.engines["script"].options)
-    return Runner(graph, {"script": Scripted(options, model="script")})
 
 
 class Way:
@@ -104,12 +87,12 @@ class WithTraces(Way):
         return choice
 
 
-async def block(runner: Runner, way: Way) -> tuple[float, float]:
+async def block(running: Runner, way: Way) -> tuple[float, float]:
     """Seconds of CPU a request, in its own thread and in all, booked as the server books it."""
     own, whole = time.thread_time(), time.process_time()
     for _ in range(_BLOCK):
         choice = way.choice()
-        async for batch in runner.batches(_QUESTION, RunOptions(answer_flush_s=0)):
+        async for batch in running.batches(_QUESTION, RunOptions(answer_flush_s=0)):
             for event in batch:
                 choice.add(event)
         choice.close()
@@ -121,7 +104,7 @@ async def block(runner: Runner, way: Way) -> tuple[float, float]:
 
 async def main(seconds: float) -> None:
     """Measure all ways in turn, and print them."""
-    runner = panel()
+    running = runner(graph(2, reply_tokens=40))
     metrics = Metrics(Admission(ServerSettings()))
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], Way]] = {
@@ -134,7 +117,7 @@ async def main(seconds: float) -> None:
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
             for name, way in ways.items():
-                took[name].append(await block(runner, way()))
+                took[name].append(await block(running, way()))
     own, whole = ({name: statistics.median(t[n] for t in took[name]) for name in ways} for n in (0, 1))
     print(f"a request alone: {own['alone'] * 1e3:.2f} ms of CPU ({len(took['alone'])} blocks of {_BLOCK})")
     for name in list(ways)[1:]:

@@ -19,5 +19,5 @@ export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | base64 | tr 
 
 # Each task is a node of the cluster; the command runs on the first.
 srun ray symmetric-run --address "$address:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
-  --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus 4 -- \
+  --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus "${SLURM_GPUS_PER_TASK:-0}" -- \
   moa-ray serve "$spec" --address auto --host "$address"

@@ -26,7 +26,7 @@ HTTP_PORT = 8000 + 13 * (1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").re
 """Where the tests' Serve answers, a port for each worker."""
 
 
-def until(condition: Callable[[], bool], *, within_s: float = 120) -> None:
+def until(condition: Callable[[], bool], *, within_s: float = 30) -> None:
     """Wait for what must become true; bounded."""
     give_up = time.monotonic() + within_s
     while not condition():

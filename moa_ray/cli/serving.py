@@ -29,7 +29,8 @@ from moa_ray.errors import RequestError
 from moa_ray.graph import Graph, Source
 from moa_ray.graph.spec import Autoscaling
 from moa_ray.server import ServerSettings, kuberay
-from moa_ray.server.deployed import KEYS, api_keys, config, http, unique
+from moa_ray.server.deployed import api_keys, config, http, unique
+from moa_ray.server.settings import KEYS
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,11 +162,11 @@ class View:
                 record.engine,
                 state,
                 *_tokens(record.usage),
-                _seconds(record.ttft_s),
-                _seconds(record.seconds),
+                seconds(record.ttft_s),
+                seconds(record.seconds),
             )
         table.add_section()
-        table.add_row("all", "", "", *_tokens(event.usage), _seconds(event.ttft_s), _seconds(event.t), style="bold")
+        table.add_row("all", "", "", *_tokens(event.usage), seconds(event.ttft_s), seconds(event.t), style="bold")
         return table
 
 
@@ -184,7 +184,8 @@ def _tokens(usage: Usage) -> tuple[str, str, str]:
     return str(usage.prompt_tokens), str(usage.cached_tokens), str(usage.completion_tokens)
 
 
-def _seconds(value: float | None) -> str:
+def seconds(value: float | None) -> str:
+    """Seconds as all tables show them; "" for none."""
     return "" if value is None else f"{value:.2f}"
 
 

@@ -116,6 +116,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MOA_RAY_CACHE") or "~/.cache/moa-ray/models").expanduser()
 
 
+def is_path(name: str) -> bool:
+    """Whether the model `name` is a file of this machine, there or not."""
+    return name not in CATALOGUE and (Path(name).expanduser().is_file() or name.startswith(_PATH_START))
+
+
 def is_present(name: str) -> bool:
     """Whether `resolve(name)` needs no download; looks at names and sizes only."""
     if name in CATALOGUE:

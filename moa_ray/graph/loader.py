@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from typing import Any
 
@@ -67,6 +67,23 @@ def _checked(data: Any, source: Source) -> Graph:
 
 
 # ---------------------------------------------------------------- secrets
+
+
+def secrets_of(data: Mapping[str, Any]) -> set[str]:
+    """Names of the environment variables that `data`, in the shape of the YAML, takes secrets from."""
+    return {name for path, text in _texts(data, ()) if _is_secret(path) for name in _VARIABLE.findall(text)}
+
+
+def _texts(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
+    match value:
+        case Mapping():
+            for key, item in value.items():
+                yield from _texts(item, (*path, key))
+        case list():
+            for index, item in enumerate(value):
+                yield from _texts(item, (*path, index))
+        case str():
+            yield path, value
 
 
 def _with_secrets(value: Any, path: Path, problems: list[Problem]) -> Any:

@@ -76,6 +76,11 @@ class EngineSpec(BaseModel):
         return dict(self.model_extra or {})
 
     @property
+    def least_replicas(self) -> int:
+        """Replicas that there always are."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.min
+
+    @property
     def most_replicas(self) -> int:
         """Replicas that there can be."""
         return self.replicas if isinstance(self.replicas, int) else self.replicas.max

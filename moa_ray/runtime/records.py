@@ -113,11 +113,11 @@ class Recorder:
     def __init__(self, path: Path, retention: Retention | None = None) -> None:
         self._path, self._retention = path, retention or Retention()
         self._waiting: queue.Queue[_Run | None] = queue.Queue(_WAITING_RUNS)
-        self._thread = threading.Thread(target=self._write_all, name="moa-ray records", daemon=True)
-        self._thread.start()
         self._file: sqlite3.Connection | None = None
         self._written = 0
         self.lost = 0
+        self._thread = threading.Thread(target=self._write_all, name="moa-ray records", daemon=True)
+        self._thread.start()
 
     def run(self, asked: Sequence[Message]) -> RunRecord:
         """A consumer of the events of one run, of a conversation."""
@@ -299,21 +299,23 @@ class Records:
         Raises:
             RequestError: If there is none, or several begin like this.
         """
-        where, value = ("WHERE ? != '' ORDER BY began DESC", run) if run == "last" else ("WHERE run LIKE ?", f"{run}%")
-        found = self._query(f"SELECT {_COLUMNS}, events FROM runs {where} LIMIT 2", (value,))
-        if not found:
-            raise RequestError(f"there is no run {run!r} in {self._path}", hint="`moa-ray runs list` shows the latest")
-        if len(found) > 1 and run != "last" and found[0][0] != run:
-            raise RequestError(f"several runs begin with {run!r}", hint="give more of the id")
-        *row, events = found[0]
+        *row, events = self._find(run)
         return _row(row), tuple(from_json(json.loads(line)) for line in events.split("\n"))
 
     def lines(self, runs: Sequence[str]) -> Iterator[str]:
         """Events in their public JSON form, one a line, as they were told; of all runs where none is named."""
         for run in runs or [row.run for row in self.latest(-1)]:
-            _, events = self.find(run)
-            for event in events:
-                yield _json(to_json(event))
+            yield from self._find(run)[-1].split("\n")
+
+    def _find(self, run: str) -> Sequence[Any]:
+        where, value = ("? != '' ORDER BY began DESC", run) if run == "last" else ("run LIKE ? ORDER BY run", f"{run}%")
+        found = self._query(f"SELECT {_COLUMNS}, events FROM runs WHERE {where} LIMIT 2", (value,))
+        if not found:
+            raise RequestError(f"there is no run {run!r} in {self._path}", hint="`moa-ray runs list` shows the latest")
+        if len(found) > 1 and run != "last" and found[0][0] != run:  # the id itself comes before those that begin so
+            raise RequestError(f"several runs begin with {run!r}", hint="give more of the id")
+        row: Sequence[Any] = found[0]
+        return row
 
     def _query(self, sql: str, values: tuple[Any, ...]) -> list[Any]:
         try:

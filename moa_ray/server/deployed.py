@@ -24,9 +24,8 @@ from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import Graph, from_dict
 from moa_ray.graph.source import Source
 from moa_ray.server.app import create_app
-from moa_ray.server.settings import ServerSettings
+from moa_ray.server.settings import KEYS, ServerSettings
 
-KEYS = "MOA_RAY_API_KEYS"
 KEYS_FILE = "MOA_RAY_API_KEYS_FILE"
 _MAX_KEYS_BYTES = 1_000_000
 

@@ -11,18 +11,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 
-from moa_ray.engines import registry
-from moa_ray.graph import EngineSpec, Graph
+from moa_ray.engines import catalogue, registry
+from moa_ray.graph import Graph
+from moa_ray.graph.loader import secrets_of
 from moa_ray.graph.source import Problem
-from moa_ray.graph.spec import Autoscaling
+from moa_ray.server.settings import KEYS
 
-KEYS = "MOA_RAY_API_KEYS"
 ACCELERATOR_LABEL = "moa-ray/accelerator"
 PORT = 8000
 RAY = "2.60.0"
@@ -34,7 +33,6 @@ _SPARE_CPUS = 1
 _GPUS_OF_A_NODE = 8
 _IDLE_S = 300
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
-_SECRET = re.compile(r"\$\{(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +110,17 @@ def manifests(
         if problems := list(_problems(graph)):
             raise graph.source.errors(problems)
     name = re.sub(r"[^a-z0-9-]+", "-", app.lower()).strip("-")
-    secrets = sorted({match for spec in written for match in _SECRET.findall(json.dumps(spec))})
+    secrets = sorted({secret for spec in written for secret in secrets_of(spec)})
+    groups = groups_of(graphs)
     pods = _Pods(name, image, [KEYS, *secrets], max(g.spec.policy.deadline_s for g in graphs))
-    documents = [_network_policy(name), _service(pods, groups_of(graphs), serve_config, redis)]
+    documents = [_network_policy(name), _service(pods, groups, serve_config, redis)]
     head = [
         "# Made by moa-ray deploy --target kuberay; for KubeRay 1.7 or newer. It needs a secret with:",
         f"#   kubectl create secret generic {name}-keys "
         + " ".join(f"--from-literal={key}=…" for key in [KEYS, *secrets, *(["REDIS_PASSWORD"] if redis else [])]),
         *(
             f"# and nodes with {group.accelerator}: kubectl label node NODE {ACCELERATOR_LABEL}={group.accelerator}"
-            for group in groups_of(graphs)
+            for group in groups
             if group.accelerator
         ),
     ]
@@ -144,23 +143,16 @@ def groups_of(graphs: Sequence[Graph]) -> list[Group]:
             for resource, amount in wanted.custom.items():
                 group.custom[resource] = max(amount, group.custom.get(resource, 0))
             unit = Unit(cpus / workers, gpus / workers)
-            least, most = _replicas(spec)
-            group.least += [unit] * workers * least
-            group.most += [unit] * workers * most
+            group.least += [unit] * workers * spec.least_replicas
+            group.most += [unit] * workers * spec.most_replicas
     return list(groups.values())
-
-
-def _replicas(spec: EngineSpec) -> tuple[int, int]:
-    if isinstance(spec.replicas, Autoscaling):
-        return spec.replicas.min, spec.replicas.max
-    return spec.replicas, spec.replicas
 
 
 def _problems(graph: Graph) -> Iterator[Problem]:
     """What a pod cannot have."""
     for name, spec in graph.engines.items():
         path = graph.path_of_engine(name)
-        if Path(spec.model).expanduser().is_file() or spec.model.startswith(("/", "./", "../", "~")):
+        if catalogue.is_path(spec.model):
             hint = "name a model of the catalogue or a Hugging Face id, which each pod fetches"
             yield Problem((*path, "model"), f"{spec.model} is a file of this machine, and not of a pod", hint)
         url = str(spec.options.get("base_url") or "")

@@ -20,6 +20,8 @@ from pydantic import (
 
 from moa_ray.runtime.records import Recorder, Retention, default_path
 
+KEYS = "MOA_RAY_API_KEYS"
+"""Environment variable with the keys that callers need."""
 _KEPT = Retention()
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
+
+import httpx2
 
 from moa_ray.engines import Scripted
 from moa_ray.gates.feedback import Answered, Feedback, Judgement
 from moa_ray.graph import Graph, Message
 from moa_ray.runtime import Event, Runner, RunOptions
 from moa_ray.server import ServerSettings, create_app
+from moa_ray.server.edge import Admission
+from moa_ray.server.metrics import Metrics
+from moa_ray.server.runs import Choice
 from tests.conftest import until
 from tests.http import answering
 from tests.runtime.panels import panel
@@ -58,6 +64,11 @@ class Served:
         self.backend = backend
         self.engine = engine
 
+    def ask(self, *, headers: Mapping[str, str] | None = None, **body: Any) -> httpx2.Response:
+        """Have the panel answer `why?`; `body` has further fields, or others."""
+        question = {"model": "panel", "messages": [{"role": "user", "content": "why?"}], **body}
+        return httpx2.post(f"{self.url}/v1/chat/completions", json=question, headers=headers, timeout=30)
+
     def until_idle(self) -> None:
         """Wait until no engine call is in flight; bounded."""
         until(lambda: not self.engine.active, within_s=10)
@@ -74,3 +85,13 @@ def serving(
         backend.feedback = Feedback(settings.feedback)
     with answering(create_app(backend, settings)) as url:
         yield Served(url, backend, engine)
+
+
+def metric_kinds(settings: ServerSettings) -> dict[str, str]:
+    """The type of every metric that a gateway tells after one request, by its name."""
+    recorder = settings.recorder()
+    metrics = Metrics(Admission(settings), recorder)
+    metrics.add("m", 200, [Choice()])
+    if recorder:
+        recorder.close()
+    return dict(re.findall(r"^# TYPE (\S+) (\S+)", metrics.text().decode(), re.MULTILINE))

@@ -15,26 +15,22 @@ from pydantic import SecretStr
 from moa_ray.errors import Overloaded
 from moa_ray.server import ServerSettings
 from moa_ray.server.edge import Admission
-from tests.server.local import Served, serving
+from tests.server.local import serving
 
 BODY: dict[str, Any] = {"model": "panel", "messages": [{"role": "user", "content": "why?"}]}
 KEYED = ServerSettings(api_keys=(SecretStr("sk-one"), SecretStr("sk-two")))
 
 
-def _ask(served: Served, **headers: str) -> httpx2.Response:
-    return httpx2.post(f"{served.url}/v1/chat/completions", json=BODY, headers=headers, timeout=30)
-
-
 def test_any_of_the_keys_opens_and_nothing_else_does() -> None:
     with serving(1, settings=KEYED) as served:
-        assert _ask(served, authorization="Bearer sk-one").status_code == 200
-        assert _ask(served, authorization="bearer sk-two").status_code == 200
+        assert served.ask(headers={"authorization": "Bearer sk-one"}).status_code == 200
+        assert served.ask(headers={"authorization": "bearer sk-two"}).status_code == 200
         for wrong in ("Bearer sk-three", "Bearer", "Basic sk-one", "sk-one", "Bearer sk-onesk-two", "Bearer ÿ"):
             headers = {b"authorization": wrong.encode("latin-1")}
             response = httpx2.post(f"{served.url}/v1/chat/completions", json=BODY, headers=headers)
             assert response.status_code == 401, wrong
             assert response.json()["error"]["code"] == "invalid_api_key"
-        assert _ask(served).json()["error"]["message"].startswith("an API key is needed")
+        assert served.ask().json()["error"]["message"].startswith("an API key is needed")
         assert httpx2.get(f"{served.url}/v1/models").status_code == 401
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{served.url}/v1", api_key="no").models.list()
@@ -53,13 +49,13 @@ def test_keys_are_masked_wherever_settings_are_shown() -> None:
 def test_more_requests_than_may_run_and_wait_are_refused_with_429() -> None:
     settings = ServerSettings(max_running=1, max_queued=1)
     with serving(1, settings=settings, ttft_s=0.5) as served, ThreadPoolExecutor(6) as pool:
-        responses = list(pool.map(lambda _: _ask(served), range(6)))
+        responses = list(pool.map(lambda _: served.ask(), range(6)))
         codes = sorted(response.status_code for response in responses)
         assert codes == [200, 200, 429, 429, 429, 429]
         refused = next(response for response in responses if response.status_code == 429)
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert refused.headers["retry-after"] == "1" and refused.headers["x-should-retry"] == "true"
-        assert _ask(served).status_code == 200
+        assert served.ask().status_code == 200
 
 
 async def test_places_are_given_in_order_and_a_wait_is_bounded() -> None:

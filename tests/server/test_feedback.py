@@ -29,18 +29,13 @@ def served(file: Path) -> Iterator[Served]:
         yield served
 
 
-def ask(served: Served, **body: Any) -> Any:
-    body = {"model": "panel", "messages": [{"role": "user", "content": "why?"}], **body}
-    return httpx2.post(f"{served.url}/v1/chat/completions", json=body)
-
-
 def judge(served: Served, content: str | None = None, **body: Any) -> Any:
     headers = {"content-type": "application/json"}
     return httpx2.post(f"{served.url}/v1/feedback", content=content or json.dumps(body), headers=headers)
 
 
 def test_a_thumb_is_an_outcome_of_every_agent_that_took_part_and_of_the_panel(served: Served, file: Path) -> None:
-    answer = ask(served).json()
+    answer = served.ask().json()
     assert judge(served, id=answer["id"], thumb="up").json() == {"id": answer["id"], "object": "feedback"}
     line = json.loads(file.read_text())
     assert line["rewards"] == {"a1": 1.0, "a2": 1.0} and line["panel"] == 1.0
@@ -60,7 +55,7 @@ def test_streams_responses_and_single_choices_can_be_judged_and_the_last_word_co
         client.feedback(end.answer.id, 0.75)
     response = httpx2.post(f"{served.url}/v1/responses", json={"model": "panel", "input": "how?"}).json()
     assert judge(served, id=response["id"], thumb="down").status_code == 200
-    assert judge(served, id=ask(served, n=2).json()["id"], choice=1, reward=1).status_code == 200
+    assert judge(served, id=served.ask(n=2).json()["id"], choice=1, reward=1).status_code == 200
     known = outcomes.load(file, ("a1", "a2"))
     assert known.rewards[:, 0].tolist() == [0.75, 0.0, 1.0]
 
@@ -78,23 +73,23 @@ def test_streams_responses_and_single_choices_can_be_judged_and_the_last_word_co
     ],
 )
 def test_a_judgement_that_is_none_is_refused_and_not_kept(served: Served, file: Path, body: str, reason: str) -> None:
-    refused = judge(served, body.replace("ID", ask(served).json()["id"]))
+    refused = judge(served, body.replace("ID", served.ask().json()["id"]))
     assert refused.status_code == 400 and reason in refused.json()["error"]["message"]
     assert not file.exists()
 
 
 def test_an_agent_of_its_own_is_not_judged_and_neither_is_anything_where_nothing_is_kept(served: Served) -> None:
-    alone = ask(served, model="panel/a1").json()["id"]
+    alone = served.ask(model="panel/a1").json()["id"]
     assert "there is no answer" in judge(served, id=alone, thumb="up").json()["error"]["message"]
     with serving(2) as other:
-        refused = judge(other, id=ask(other).json()["id"], thumb="up")
+        refused = judge(other, id=other.ask().json()["id"], thumb="up")
     assert refused.status_code == 400 and "--set feedback=FILE" in refused.json()["error"]["message"]
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_the_judgement_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with serving(2, settings=ServerSettings(feedback=tmp_path / "file" / "below")) as served:
-        answer = ask(served)
+        answer = served.ask()
         assert answer.status_code == 200
         refused = judge(served, id=answer.json()["id"], thumb="up")
     assert refused.status_code == 500 and "cannot be kept" in refused.json()["error"]["message"]

@@ -183,3 +183,17 @@ def test_a_graph_that_no_pod_can_hold_is_refused_by_the_command(tmp_path: Path) 
 def test_the_container_file_is_of_the_version_of_ray_that_is_pinned_and_not_root() -> None:
     text = (ROOT / "deployments" / "Containerfile").read_text()
     assert f"rayproject/ray:{ray.__version__}-" in text and "USER ray" in text and "USER root" not in text
+
+
+def test_pods_get_the_secrets_of_the_graph_and_a_system_prompt_may_hold_what_looks_like_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("THEIR_KEY", "sk-secret")
+    remote = {"kind": "openai", "model": "m", "base_url": "https://models.example/v1", "api_key": "${THEIR_KEY}"}
+    written = spec(one=remote)
+    written["agents"]["a_one"]["system"] = "Write ${PRICE} where a price goes."
+    head, _, made = service(written)
+    (group,) = made["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    names = [each["name"] for each in group["template"]["spec"]["containers"][0]["env"]]
+    assert names == ["MOA_RAY_API_KEYS", "THEIR_KEY"]
+    assert "PRICE" not in head and "sk-secret" not in head + str(made)

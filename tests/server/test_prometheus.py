@@ -17,13 +17,10 @@ import pytest
 import yaml
 
 from moa_ray.server import ServerSettings
-from moa_ray.server.edge import Admission
-from moa_ray.server.metrics import Metrics
-from moa_ray.server.runs import Choice
 from tests.commands import ROOT
 from tests.conftest import until
 from tests.http import free_port
-from tests.server.local import serving
+from tests.server.local import metric_kinds, serving
 
 PROMETHEUS = ROOT / "deployments" / "prometheus"
 DASHBOARD = ROOT / "deployments" / "grafana" / "moa-ray.json"
@@ -47,13 +44,8 @@ def expressions() -> list[str]:
 
 
 def test_what_alerts_and_dashboard_ask_for_is_a_metric_of_ours(tmp_path: Path) -> None:
-    recorder = ServerSettings(records=tmp_path / "r").recorder()
-    assert recorder
-    metrics = Metrics(Admission(ServerSettings()), recorder)
-    metrics.add("m", 200, [Choice()])
-    recorder.close()
-    told = re.findall(r"^# TYPE (\S+) (\S+)", metrics.text().decode(), re.MULTILINE)
-    ours = {name for name, _ in told} | {f"{name}_bucket" for name, kind in told if kind == "histogram"}
+    kinds = metric_kinds(ServerSettings(records=tmp_path / "r"))
+    ours = kinds.keys() | {f"{name}_bucket" for name, kind in kinds.items() if kind == "histogram"}
     asked = set(re.findall(r"moa_ray_\w+", (PROMETHEUS / "alerts.yml").read_text() + " ".join(expressions())))
     assert asked and asked <= ours
 
@@ -112,7 +104,7 @@ def test_every_panel_has_something_to_show_of_live_traffic(tmp_path: Path) -> No
             time.sleep(0.2)
             return all(query(url, expr) for expr in expressions() if "gate_failures" not in expr and "5.." not in expr)
 
-        until(asked)
+        until(asked, within_s=60)
         alerts = httpx2.get(f"{url}/api/v1/rules").json()["data"]["groups"][0]["rules"]
         assert len(alerts) >= 9 and {alert["health"] for alert in alerts} == {"ok"}
         for expr in expressions():

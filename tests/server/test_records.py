@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,9 @@ import pytest
 from moa_ray.errors import RequestError
 from moa_ray.runtime.records import Records
 from moa_ray.server import ServerSettings
-from moa_ray.server.edge import Admission
-from moa_ray.server.metrics import Metrics
-from moa_ray.server.runs import Choice
 from tests.commands import ROOT
 from tests.conftest import until
-from tests.server.local import serving
-
-
-def ask(url: str, **body: Any) -> httpx2.Response:
-    question = {"model": "panel", "messages": [{"role": "user", "content": "why?"}], **body}
-    return httpx2.post(f"{url}/v1/chat/completions", json=question)
+from tests.server.local import metric_kinds, serving
 
 
 def recording(path: Path, **settings: Any) -> ServerSettings:
@@ -41,7 +32,7 @@ def recorded(path: Path, count: int) -> Records:
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_run_of_a_request_is_recorded(tmp_path: Path, stream: bool) -> None:
     with serving(2, settings=recording(tmp_path / "r")) as served:
-        assert ask(served.url, stream=stream, n=2).status_code == 200
+        assert served.ask(stream=stream, n=2).status_code == 200
         rows = recorded(tmp_path / "r", 2).latest(9)
     assert {row.state for row in rows} == {"finished"} and rows[0].asked == ({"role": "user", "content": "why?"},)
 
@@ -58,7 +49,7 @@ def test_a_run_that_its_caller_left_is_recorded_as_that(tmp_path: Path) -> None:
 def test_records_that_cannot_be_written_fail_no_request_and_are_counted(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with serving(2, settings=recording(tmp_path / "file" / "r")) as served:
-        assert [ask(served.url).status_code for _ in range(3)] == [200] * 3
+        assert [served.ask().status_code for _ in range(3)] == [200] * 3
         until(lambda: "moa_ray_records_lost 3.0" in httpx2.get(f"{served.url}/metrics").text)
 
 
@@ -66,19 +57,14 @@ def test_off_is_off_however_it_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("MOA_RAY_RECORDS", str(tmp_path / "r"))
     for off in ("off", False):
         with serving(2, settings=ServerSettings(records=off)) as served:
-            assert ask(served.url).status_code == 200
+            assert served.ask().status_code == 200
     assert not list(tmp_path.iterdir())
     with serving(2, settings=ServerSettings()) as served:
-        assert ask(served.url).status_code == 200
+        assert served.ask().status_code == 200
         recorded(tmp_path / "r", 1)
 
 
 def test_every_metric_is_in_the_docs(tmp_path: Path) -> None:
-    recorder = recording(tmp_path / "r").recorder()
-    assert recorder
-    metrics = Metrics(Admission(ServerSettings()), recorder)
-    metrics.add("m", 200, [Choice()])
-    recorder.close()
+    told = metric_kinds(recording(tmp_path / "r"))
     page = (ROOT / "docs" / "observability.md").read_text()
-    told = {name for name in re.findall(r"^# TYPE (\S+)", metrics.text().decode(), re.MULTILINE)}
     assert {name for name in told if not name.endswith("_created") and f"`{name}`" not in page} == set()

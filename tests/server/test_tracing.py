@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
-import httpx2
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from pydantic import ValidationError
@@ -19,6 +18,7 @@ from tests.server.local import serving
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 ABOVE = "b7ad6b7169203331"
+CALLERS = {"traceparent": f"00-{TRACE}-{ABOVE}-01"}
 
 
 class Collector:
@@ -65,15 +65,10 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")  # milliseconds; five seconds otherwise
 
 
-def ask(url: str, **body: Any) -> httpx2.Response:
-    question = {"model": "panel", "messages": [{"role": "user", "content": "why?"}], **body}
-    return httpx2.post(f"{url}/v1/chat/completions", json=question, headers={"traceparent": f"00-{TRACE}-{ABOVE}-01"})
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_is_a_trace_below_its_callers_own_span(stream: bool) -> None:
     with collecting() as (collector, url), serving(2, settings=ServerSettings(traces=url)) as served:
-        assert ask(served.url, stream=stream, n=2).status_code == 200
+        assert served.ask(headers=CALLERS, stream=stream, n=2).status_code == 200
         until(lambda: bool(collector.named("POST /v1/chat/completions")))
     (request,) = collector.named("POST /v1/chat/completions")
     assert request.trace_id.hex() == TRACE and request.parent_span_id.hex() == ABOVE
@@ -90,7 +85,7 @@ def test_a_request_that_fails_says_so_in_its_trace() -> None:
         collecting() as (collector, url),
         serving(2, settings=ServerSettings(traces=url), faults=faults) as served,
     ):
-        assert ask(served.url).status_code == 503
+        assert served.ask(headers=CALLERS).status_code == 503
         until(lambda: bool(collector.named("POST /v1/chat/completions")))
     (request,) = collector.named("POST /v1/chat/completions")
     assert {a.key: a.value.int_value for a in request.attributes}["http.response.status_code"] == 503
@@ -100,7 +95,7 @@ def test_a_request_that_fails_says_so_in_its_trace() -> None:
 
 def test_a_collector_that_is_away_costs_no_request() -> None:
     with serving(2, settings=ServerSettings(traces="http://127.0.0.1:9")) as served:
-        assert [ask(served.url).status_code for _ in range(3)] == [200] * 3
+        assert [served.ask(headers=CALLERS).status_code for _ in range(3)] == [200] * 3
 
 
 def test_an_address_that_is_none_is_refused() -> None:

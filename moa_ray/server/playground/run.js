@@ -9,6 +9,8 @@ function element(tag, className, text = "") {
   return made;
 }
 
+const waiting = () => ({ text: "", state: "waiting", tokens: 0, wrong: "" });
+
 export class RunView {
   constructor(graph, onJudge) {
     this.graph = graph;
@@ -44,7 +46,7 @@ export class RunView {
         this.began = performance.now() - event.t * 1000;
         this.answerText = "";
         this.attempts.clear();
-        for (const known of this.calls.values()) Object.assign(known, { text: "", state: "waiting", tokens: 0, wrong: "" });
+        for (const known of this.calls.values()) Object.assign(known, waiting());
         break;
       case "gate.decided":
         this.#gate(event);
@@ -122,7 +124,7 @@ export class RunView {
 
   #call(event) {
     if (!this.calls.has(event.call)) {
-      this.calls.set(event.call, { id: event.call, agent: event.agent, text: "", state: "waiting", tokens: 0, wrong: "" });
+      this.calls.set(event.call, { id: event.call, agent: event.agent, ...waiting() });
     }
     return this.calls.get(event.call);
   }
@@ -157,7 +159,7 @@ export class RunView {
     const all = [...this.graph.calls, ...(this.graph.answer ? [this.graph.answer] : [])];
     const columns = new Map();
     for (const { id, agent, layer } of all) {
-      this.calls.set(id, { id, agent, text: "", state: "waiting", tokens: 0, wrong: "" });
+      this.calls.set(id, { id, agent, ...waiting() });
       if (!columns.has(layer)) columns.set(layer, this.layers.appendChild(element("div", "layer")));
       const chip = columns.get(layer).appendChild(element("div", "call", id.includes("/") ? id.slice(id.indexOf("/") + 1) : agent));
       this.calls.get(id).chip = chip;
