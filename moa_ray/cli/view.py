@@ -154,19 +154,17 @@ class View:
         table.add_column("engine")
         for name in ("state", "prompt", "cached", "tokens", "TTFT s", "total s"):
             table.add_column(name, justify="left" if name == "state" else "right")
+        priced = event.dollars is not None
+        if priced:
+            table.add_column("$", justify="right")
         for record in self._ledger.records:
             icon, style = _ICONS[record.state]
             state = Text(f"{icon} {record.state}{_how_often(record)}", style)
-            table.add_row(
-                record.call,
-                record.engine,
-                state,
-                *_tokens(record.usage),
-                seconds(record.ttft_s),
-                seconds(record.seconds),
-            )
+            took = seconds(record.ttft_s), seconds(record.seconds), _dollars(record.dollars)
+            table.add_row(record.call, record.engine, state, *_tokens(record.usage), *took[: 2 + priced])
         table.add_section()
-        table.add_row("all", "", "", *_tokens(event.usage), seconds(event.ttft_s), seconds(event.t), style="bold")
+        took = seconds(event.ttft_s), seconds(event.t), _dollars(event.dollars)
+        table.add_row("all", "", "", *_tokens(event.usage), *took[: 2 + priced], style="bold")
         return table
 
 
@@ -187,6 +185,10 @@ def _tokens(usage: Usage) -> tuple[str, str, str]:
 def seconds(value: float | None) -> str:
     """Seconds as all tables show them; "" for none."""
     return "" if value is None else f"{value:.2f}"
+
+
+def _dollars(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
 
 
 def _how_often(record: CallRecord) -> str:

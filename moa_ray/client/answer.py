@@ -41,6 +41,7 @@ class AgentCall:
         ttft_s: Seconds from the successful attempt's start to its first token.
         seconds: Seconds it took, retries included.
         error: Why it failed, "" where it did not.
+        dollars: What its tokens cost; None where its engine has no price.
     """
 
     call: str
@@ -60,6 +61,7 @@ class AgentCall:
     ttft_s: float | None
     seconds: float
     error: str
+    dollars: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Answer:
         ttft_s: Seconds from the run's start to the answer's first token, as the server saw it.
         total_s: Seconds to its last.
         note: What a reader should know of how the answer came about, "" for nothing.
+        dollars: What the calls to engines with a price cost; None where no engine has one.
     """
 
     text: str
@@ -93,6 +96,7 @@ class Answer:
     ttft_s: float | None
     total_s: float | None
     note: str
+    dollars: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +187,11 @@ def answer_of(body: Mapping[str, Any], request_id: str) -> Answer:
             (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
             (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0),
         ),
-        agents=tuple(AgentCall(**{name: row[name] for name in names}) for row in account.get("agents", ())),
+        agents=tuple(AgentCall(**{name: row.get(name) for name in names}) for row in account.get("agents", ())),
         drafts=message.get("reasoning") or "",
         tool_calls=tuple(message.get("tool_calls") or ()),
         ttft_s=run.get("ttft_s"),
         total_s=run.get("total_s"),
         note=run.get("note", ""),
+        dollars=run.get("dollars"),
     )

@@ -30,12 +30,25 @@ from moa_ray.cluster.engine_actor import EngineReplica, HandleEngine
 from moa_ray.cluster.feedback_actor import FeedbackReplica
 from moa_ray.cluster.gate_actor import GateReplica
 from moa_ray.cluster.gateway import Gateway, Http
+from moa_ray.cluster.ray_metrics import RayMetrics
 from moa_ray.cluster.replicas import ReplicaRouter
 from moa_ray.engines import registry
 from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import EngineSpec, Graph, Message, Resources, from_dict
 from moa_ray.graph.spec import Autoscaling
-from moa_ray.runtime import AnswerDelta, EngineLoad, Event, GateLoad, Health, Meter, RunFinished, Runner, RunOptions
+from moa_ray.runtime import (
+    AnswerDelta,
+    EngineLoad,
+    Event,
+    GateLoad,
+    Health,
+    Ledger,
+    Meter,
+    RunFinished,
+    RunMetrics,
+    Runner,
+    RunOptions,
+)
 
 GATEWAY = "gateway"
 FEEDBACK = "feedback"
@@ -43,6 +56,8 @@ _UNBOUNDED = 100_000
 """Requests that a router or gateway holds; they wait on engines, so this is memory, not work. The gateway admits."""
 _SHUTDOWN_POLL_S = 0.5
 _REPLICA_ROUTER = f"{ReplicaRouter.__module__}.{ReplicaRouter.__name__}"
+_CHANGE_AT_ONCE = {"replicas", "max_ongoing_requests", "price"}
+"""Keys of an engine for which no replica is started anew."""
 _MODEL_OF_GPU = "accelerator_type:"
 """Prefix of the resource that a node with such accelerators has one of, to ask for with a sliver of it."""
 
@@ -78,6 +93,7 @@ class Router:
         self._gate = gate
         self._secret = graph.engines
         self._meter = Meter()
+        self._metrics = RunMetrics(RayMetrics())
         self._health = Health()
         self._use(graph)
 
@@ -91,19 +107,21 @@ class Router:
 
     async def stream(self, messages: list[Message], options: RunOptions) -> AsyncGenerator[list[Event], None]:
         """Run one request; what happens at the same time travels in one message, or all of it, if nobody looks."""
-        run = ""
+        run, ledger = "", Ledger()
         held: list[Event] = []
         try:
             async with aclosing(self._runner.batches(messages, options)) as batches:
                 async for batch in batches:
                     for event in batch:
                         self._meter.add(event)
+                        ledger.add(event)
                     run, held = batch[0].run, held + batch
                     if _looked_at(batch, options):
                         yield held
                         held = []
         finally:
             self._meter.end(run)
+            self._metrics.add(self._graph.spec.name, ledger)
 
     async def load(self) -> dict[str, EngineLoad]:
         """What this replica sent to each engine of late."""
@@ -121,13 +139,11 @@ class Router:
 
     async def graph(self) -> Graph:
         """The graph as it is now, the engines' secrets included."""
-        scaled = {
-            name: self._secret[name].model_copy(
-                update={"replicas": spec.replicas, "max_ongoing_requests": spec.max_ongoing_requests}
-            )
+        changed = {
+            name: self._secret[name].model_copy(update={key: getattr(spec, key) for key in _CHANGE_AT_ONCE})
             for name, spec in self._graph.engines.items()
         }
-        return self._graph.with_engines(scaled)
+        return self._graph.with_engines(changed)
 
 
 def _looked_at(batch: list[Event], options: RunOptions) -> bool:
@@ -233,8 +249,8 @@ def _patience(graphs: Sequence[Graph]) -> dict[str, float]:
 
 
 def _content(spec: EngineSpec) -> dict[str, Any]:
-    """What makes an engine's replica what it is; the number of replicas does not."""
-    return spec.model_dump(exclude={"replicas", "max_ongoing_requests"})
+    """What makes an engine's replica what it is."""
+    return spec.model_dump(exclude=_CHANGE_AT_ONCE)
 
 
 def _hash(*content: Any) -> str:

@@ -52,6 +52,17 @@ class Autoscaling(_Strict):
     """Calls in flight per replica that the autoscaler aims at."""
 
 
+class Price(_Strict):
+    """What an engine's tokens cost, in dollars a million."""
+
+    prompt: float = Field(ge=0)
+    """Tokens of the prompt."""
+    completion: float = Field(ge=0)
+    """Tokens of the completion."""
+    cached: float | None = Field(None, ge=0)
+    """Tokens of the prompt that needed no prefill; as those of the prompt where not given."""
+
+
 class EngineSpec(BaseModel):
     """Where tokens come from. Keys beside these are options of the engine's kind."""
 
@@ -69,6 +80,8 @@ class EngineSpec(BaseModel):
     """Number of replicas (Ray actors), or `{min, max, target_ongoing_requests}`."""
     max_ongoing_requests: PositiveInt = 64
     """Calls that one replica holds at once; more wait in the router."""
+    price: Price | None = None
+    """What its tokens cost; not given: nothing is said of dollars."""
 
     @property
     def options(self) -> dict[str, Any]:

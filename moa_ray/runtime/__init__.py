@@ -27,6 +27,7 @@ from moa_ray.runtime.events import (
 from moa_ray.runtime.health import Health
 from moa_ray.runtime.ledger import CallRecord, Ledger, RunResult
 from moa_ray.runtime.meter import EngineLoad, GateLoad, Meter
+from moa_ray.runtime.metrics import RunMetrics
 from moa_ray.runtime.plan import RunOptions
 from moa_ray.runtime.runner import Runner
 from moa_ray.runtime.spans import RunSpans
@@ -54,6 +55,7 @@ __all__ = [
     "Meter",
     "Notice",
     "RunFinished",
+    "RunMetrics",
     "RunOptions",
     "RunResult",
     "RunSpans",

@@ -33,13 +33,17 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """A run began; `calls` engine calls are planned, to `engines`: the `kind` and `model` of each by its name."""
+    """A run began; `calls` engine calls are planned, to `engines`: the `kind` and `model` of each by its name.
+
+    `prices` are those of engines that have one, in dollars a million tokens: `prompt`, `cached`, `completion`.
+    """
 
     name = "run.started"
     graph: str
     calls: int
     version: int = VERSION
     engines: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    prices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +239,7 @@ class RunFinished(Event):
         note: What a reader should know of how the answer came about, "" for nothing.
         error: Class of the error that ended the run, "" for success.
         message: What went wrong.
+        dollars: What the calls to engines with a price cost; None where no engine has one.
     """
 
     name = "run.finished"
@@ -246,6 +251,7 @@ class RunFinished(Event):
     note: str = ""
     error: str = ""
     message: str = ""
+    dollars: float | None = None
 
 
 def to_json(event: Event) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from moa_ray.runtime.events import (
     Event,
     GateDecided,
     RunFinished,
+    RunStarted,
     to_json,
 )
 
@@ -46,7 +47,9 @@ class CallRecord:
         started_s: Seconds from the run's start to the first attempt.
         seconds: From the first attempt's start to the end of the last, retries and pauses included.
         ttft_s: Seconds from the successful attempt's start to its first token; the first stage's.
+        itl_s: Mean seconds between the tokens of the successful attempt; of the last stage. None below two tokens.
         error: Why the last attempt failed, "" where it did not.
+        dollars: What `usage` and `warmed` cost; None where no engine that was asked has a price.
     """
 
     call: str
@@ -65,18 +68,39 @@ class CallRecord:
     text: str = ""
     seconds: float = 0.0
     ttft_s: float | None = None
+    itl_s: float | None = None
     error: str = ""
+    dollars: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spender:
+    """Who used tokens: an agent in a layer, on an engine."""
+
+    layer: int
+    agent: str
+    engine: str
 
 
 class Ledger:
     """A consumer of events that keeps one `CallRecord` a call.
 
     Attributes:
+        graph: Name of the graph, "" before the run started.
         gate: What the gate said; None without one.
+        used: Tokens of all attempts, and of prefilling ahead, by who used them.
+        spent: The same in dollars, of engines that have a price.
+        end: The run's last event, once it came.
     """
 
     def __init__(self) -> None:
+        self.graph = ""
         self.gate: GateDecided | None = None
+        self.end: RunFinished | None = None
+        self.used: defaultdict[Spender, Usage] = defaultdict(Usage)
+        self.spent: defaultdict[Spender, float] = defaultdict(float)
+        self._prices: Mapping[str, Mapping[str, float]] = {}
+        self._dollars: dict[str, float] = {}  # by call
         self._records: dict[str, CallRecord] = {}
         self._flying: set[tuple[str, int]] = set()
         self._warmed: defaultdict[tuple[str, str], Usage] = defaultdict(Usage)  # by call and agent
@@ -89,36 +113,37 @@ class Ledger:
     @property
     def usage(self) -> Usage:
         """Tokens of all calls and attempts, and of prefilling ahead."""
-        return sum(self.usage_by_agent.values(), Usage())
+        return sum(self.used.values(), Usage())
 
     @property
-    def usage_by_agent(self) -> dict[str, Usage]:
-        """The same, agent by agent."""
-        used: defaultdict[str, Usage] = defaultdict(Usage)
-        for (_, agent), usage in self._warmed.items():
-            used[agent] += usage
-        for record in self._records.values():
-            used[record.agent] += record.usage
-        return used
+    def dollars(self) -> float | None:
+        """What they cost on engines that have a price; None where none of the run has."""
+        return sum(self.spent.values()) if self._prices else None
 
     def add(self, event: Event) -> None:
         """Book one event; those that are not of an agent are passed over."""
         match event:
+            case RunStarted():
+                self.graph, self._prices = event.graph, event.prices
+            case RunFinished():
+                self.end = event
             case GateDecided():
                 self.gate = event
             case AgentWarmed():  # before the call itself; its record begins with it
                 self._warmed[event.call, event.agent] += event.usage
+                self._spend(event, event.usage)
             case AgentStarted():
                 record = self._record(event)
                 record.warmed, record.stages = self._warmed[event.call, event.agent], event.stage
                 record.engine, record.state, record.error = event.engine, "running", ""
+                record.dollars = self._dollars.get(event.call)
                 record.attempts += 1
                 record.hedges += event.hedge
                 record.retries += event.attempt > 1 and not event.hedge
                 self._flying.add((event.call, event.attempt))
             case AgentFinished():
                 record = self._end(event, event.usage, "finished")
-                record.engine, record.text = event.engine, event.text
+                record.engine, record.text, record.itl_s = event.engine, event.text, _itl_s(event)
                 record.ttft_s = event.ttft_s if record.stages == 1 else record.ttft_s
             case AgentPaused():
                 record = self._end(event, event.usage, "running")
@@ -135,15 +160,32 @@ class Ledger:
             self._records[event.call] = CallRecord(event.call, event.agent, event.engine, event.layer, event.t)
         return self._records[event.call]
 
+    def _spend(self, event: AgentEvent, usage: Usage) -> None:
+        spender = Spender(event.layer, event.agent, event.engine)
+        self.used[spender] += usage
+        if (price := self._prices.get(event.engine)) is not None:
+            fresh = usage.prompt_tokens - usage.cached_tokens
+            parts = ((fresh, "prompt"), (usage.cached_tokens, "cached"), (usage.completion_tokens, "completion"))
+            dollars = sum(tokens * price[kind] for tokens, kind in parts) / 1e6
+            self.spent[spender] += dollars
+            self._dollars[event.call] = self._dollars.get(event.call, 0.0) + dollars
+
     def _end(self, event: AgentEvent, usage: Usage, state: State, error: str = "") -> CallRecord:
         """Book the end of an attempt, which is the end of the call unless another one still runs."""
         record = self._record(event)  # a call may end without having started
         record.usage += usage
+        self._spend(event, usage)
+        record.dollars = self._dollars.get(event.call)
         record.seconds = event.t - record.started_s
         self._flying.discard((event.call, event.attempt))
         if not any(call == event.call for call, _ in self._flying):
             record.state, record.error = state, error
         return record
+
+
+def _itl_s(event: AgentFinished) -> float | None:
+    gaps = event.usage.completion_tokens - 1
+    return None if gaps < 1 or event.ttft_s is None else (event.seconds - event.ttft_s) / gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +201,7 @@ class RunResult:
         source: Id of the call whose text the answer is.
         note: What a reader should know of how the answer came about, "" for nothing.
         trace: All events of the run.
+        dollars: What the calls to engines with a price cost; None where no engine has one.
     """
 
     text: str
@@ -169,6 +212,7 @@ class RunResult:
     source: str
     note: str
     trace: tuple[Event, ...] = field(repr=False)
+    dollars: float | None = None
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> RunResult:
@@ -184,7 +228,7 @@ class RunResult:
         ledger = Ledger()
         for event in trace:
             ledger.add(event)
-        return cls(end.text, ledger.usage, ledger.records, end.ttft_s, end.t, end.source, end.note, trace)
+        return cls(end.text, ledger.usage, ledger.records, end.ttft_s, end.t, end.source, end.note, trace, end.dollars)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The trace in its public JSON form."""

@@ -10,6 +10,7 @@ from math import isinf
 from moa_ray.engines.protocol import Engine
 from moa_ray.errors import DeadlineExceeded, MoARayError
 from moa_ray.gates import Gate
+from moa_ray.graph.spec import Price
 from moa_ray.runtime import gated
 from moa_ray.runtime.attempts import Caller
 from moa_ray.runtime.events import RunFinished, RunStarted
@@ -41,7 +42,8 @@ class Run:
         """Have the request answered; emit `run.finished`, and raise what made the run fail."""
         plan, journal = self._plan, self.journal
         engines = {name: {"kind": e.kind, "model": e.model} for name, e in plan.graph.engines.items()}
-        journal.emit(RunStarted(journal.run, 0.0, plan.graph.spec.name, plan.size, engines=engines))
+        prices = {name: _price(e.price) for name, e in plan.graph.engines.items() if e.price is not None}
+        journal.emit(RunStarted(journal.run, 0.0, plan.graph.spec.name, plan.size, engines=engines, prices=prices))
         result: Answer | MoARayError
         try:
             async with asyncio.timeout_at(self._caller.deadline):
@@ -52,7 +54,8 @@ class Run:
                 hint="raise policy.deadline_s, or lower max_tokens",
             )
         text = "".join(journal.answer) if isinstance(result, MoARayError) else result.text
-        end = RunFinished(journal.run, journal.now, text, journal.ledger.usage, journal.answer_ttft_s)
+        ledger = journal.ledger
+        end = RunFinished(journal.run, journal.now, text, ledger.usage, journal.answer_ttft_s, dollars=ledger.dollars)
         if isinstance(result, MoARayError):
             journal.emit(replace(end, error=type(result).__name__, message=result.message))
             raise result
@@ -67,3 +70,8 @@ class Run:
                 return Answer(outcome.text, outcome.call.id, outcome.finish_reason)
             caller = replace(caller, plan=plan)
         return await Walk(caller, self._engines).answer()
+
+
+def _price(price: Price) -> dict[str, float]:
+    cached = price.prompt if price.cached is None else price.cached
+    return {"prompt": price.prompt, "cached": cached, "completion": price.completion}

@@ -64,7 +64,6 @@ class Choice:
         self.text: list[str] = []
         self.tool_calls: list[dict[str, Any]] = []
         self.drafts: list[str] = []
-        self.end: RunFinished | None = None
         self.followers: list[Follower] = []
 
     def add(self, event: Event) -> None:
@@ -79,10 +78,13 @@ class Choice:
                     _merge(self.tool_calls, delta)
             case AgentFinished() if draft := draft_of(event):
                 self.drafts.append(draft)
-            case RunFinished():
-                self.end = event
             case _:
                 pass
+
+    @property
+    def end(self) -> RunFinished | None:
+        """The run's last event, once it came."""
+        return self.ledger.end
 
     def close(self) -> None:
         """There will be no more events."""
@@ -123,7 +125,14 @@ def account(choices: Sequence[Choice]) -> dict[str, Any]:
     gates = [to_json(choice.ledger.gate) for choice in choices if choice.ledger.gate]
     return {
         "runs": [
-            {"run": end.run, "source": end.source, "note": end.note, "ttft_s": _s(end.ttft_s), "total_s": _s(end.t)}
+            {
+                "run": end.run,
+                "source": end.source,
+                "note": end.note,
+                "ttft_s": _s(end.ttft_s),
+                "total_s": _s(end.t),
+                **({} if end.dollars is None else {"dollars": end.dollars}),
+            }
             for end in ends
         ],
         **({"gates": gates} if gates else {}),
@@ -151,6 +160,7 @@ def _row(choice: int, record: CallRecord) -> dict[str, Any]:
         "ttft_s": _s(record.ttft_s),
         "seconds": _s(record.seconds),
         "error": record.error,
+        "dollars": record.dollars,
     }
 
 

@@ -136,6 +136,15 @@ async def test_one_call_of_the_graph_is_made_alone_with_the_proposals_that_it_se
 
 
 @BOTH
+async def test_an_answer_has_dollars_where_engines_have_a_price(served: Served, client: type[Either]) -> None:
+    assert (await client(f"{served.url}/v1").run("why?")).dollars is None
+    with serving(2, price={"prompt": 0, "completion": 10}, reply_tokens=5) as priced:
+        answer = await client(f"{priced.url}/v1").run("why?")
+    assert answer.dollars == pytest.approx(15 * 10 / 1e6)
+    assert [call.dollars for call in answer.agents] == pytest.approx([5 * 10 / 1e6] * 3)
+
+
+@BOTH
 async def test_models_are_listed_and_the_first_is_asked(served: Served, client: type[Either]) -> None:
     assert await client(f"{served.url}/v1").models() == ["panel", "panel/a1", "panel/a2", "panel/chief"]
 

@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
 from moa_ray import MoA
@@ -50,6 +52,20 @@ def test_a_run_through_actors_gives_the_answer_and_every_agents_account(moa: MoA
     }
     assert "scripted fault: refused" in next(r for r in result.agents if r.agent == "a1").error
     assert result.ttft_s is not None and 0 < result.ttft_s <= result.total_s
+
+
+def test_what_runs_add_up_to_is_among_rays_own_metrics(moa: MoA) -> None:
+    moa.run("why?")
+    whose = {"application": moa.app, "deployment": "router.panel", "model": "panel", "layer": "1", "agent": "a2"}
+    wanted = {**whose, "engine": "script", "kind": "completion"}
+
+    def told() -> bool:
+        (port,) = (node["MetricsExportPort"] for node in ray.nodes() if node["Alive"])
+        families = text_string_to_metric_families(httpx2.get(f"http://127.0.0.1:{port}/metrics").text)
+        samples = [sample for family in families if family.name == "ray_moa_ray_tokens" for sample in family.samples]
+        return any(wanted.items() <= sample.labels.items() and sample.value > 0 for sample in samples)
+
+    until(told, within_s=60)  # each process tells its node every few seconds
 
 
 def test_a_later_question_sees_the_conversation(moa: MoA) -> None:

@@ -90,12 +90,13 @@ def ask(page: Any, question: str = "Why is the sky blue?") -> None:
 
 
 def test_a_question_lights_up_the_graph_streams_every_agent_and_ends_with_the_account(open_page: Any) -> None:
-    with serving(3, 2, itl_s=0.03, reply_tokens=40) as served:
+    with serving(3, 2, itl_s=0.03, reply_tokens=40, price={"prompt": 0, "completion": 100}) as served:
         page = open_page(served)
         ask(page)
         page.wait_for_selector(".call.running")
         wait_for(page, "document.querySelectorAll('.pane').length === 5")
         wait_for(page, "document.querySelector('.totals')?.textContent.includes('written')")
+        assert page.locator(".totals").inner_text().endswith("240 written, $0.024000")
         assert page.locator(".call.finished").count() == 6
         assert page.locator(".dag line").count() == 3 * 2 + 2
         assert "39 40" in page.locator(".answer").inner_text()

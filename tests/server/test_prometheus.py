@@ -25,6 +25,7 @@ from tests.server.local import metric_kinds, serving
 PROMETHEUS = ROOT / "deployments" / "prometheus"
 DASHBOARD = ROOT / "deployments" / "grafana" / "moa-ray.json"
 TOOLS = ROOT / ".tools" / "usr" / "bin"
+PRICE = {"prompt": 1, "completion": 2}
 RULES = {"policy": {"quorum": 1, "retries": 1}, "gate": {"kind": "random", "k": 1}}
 
 
@@ -94,7 +95,7 @@ def test_every_panel_has_something_to_show_of_live_traffic(tmp_path: Path) -> No
     settings = ServerSettings(records=tmp_path / "r")
     faults = [{"agent": "a1", "first": 2, "times": 1}]
     with (
-        serving(2, settings=settings, spec=RULES, faults=faults, ttft_s=0.05) as served,
+        serving(2, settings=settings, spec=RULES, faults=faults, price=PRICE, ttft_s=0.05, itl_s=0.001) as served,
         prometheus(tmp_path, served.url.removeprefix("http://")) as url,
     ):
         body = {"model": "panel", "messages": [{"role": "user", "content": "why?"}]}

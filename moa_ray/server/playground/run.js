@@ -103,7 +103,8 @@ export class RunView {
     const { prompt_tokens, cached_tokens, completion_tokens } = event.usage;
     this.totals.textContent =
       `first token after ${seconds(event.ttft_s)}, all after ${seconds(event.t)}; ` +
-      `${prompt_tokens} prompt tokens (${cached_tokens} cached), ${completion_tokens} written`;
+      `${prompt_tokens} prompt tokens (${cached_tokens} cached), ${completion_tokens} written` +
+      (event.dollars == null ? "" : `, $${event.dollars.toFixed(6)}`);
     if (event.note) this.#tell(event.note);
     if (event.error) this.fail(event.message);
     this.thumbs.hidden = !this.judged || Boolean(event.error);
