@@ -59,10 +59,10 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(TOOLS)/.ready: Makefile
-	@echo "Unpacking Prometheus in $(TOOLS) (once), out of Debian's package"
+	@echo "Unpacking Prometheus and Caddy in $(TOOLS) (once), out of Debian's packages"
 	@mkdir -p $(TOOLS)
-	@cd $(TOOLS) && { apt-get download -qq prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb; } 2>/dev/null \
-	  || echo "There are no Debian packages here: tests skip what needs Prometheus, unless it is on the PATH"
+	@cd $(TOOLS) && { apt-get download -qq prometheus caddy && for each in *.deb; do dpkg -x $$each .; done && rm *.deb; } \
+	  2>/dev/null || echo "There are no Debian packages here: tests skip what needs these programs, unless they are on the PATH"
 	@command -v chromium google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && \
 	  echo "Installing Chromium with apt-get, for the tests of the playground" && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1; } \

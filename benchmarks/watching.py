@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import ray
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from benchmarks.orchestration import graph, runner
+from moa_ray.cluster.ray_metrics import RayMetrics
 from moa_ray.graph import Message, conversation
-from moa_ray.runtime import Runner, RunOptions, RunSpans
+from moa_ray.runtime import RunMetrics, Runner, RunOptions, RunSpans
 from moa_ray.runtime.records import Recorder
 from moa_ray.server import ServerSettings
 from moa_ray.server.edge import Admission
@@ -55,6 +57,17 @@ class WithMetrics(Way):
     def ended(self, choice: Choice) -> None:
         """Count it."""
         self._metrics.add("panel", 200, [choice])
+
+
+class WithRayMetrics(Way):
+    """By the router's metrics, which are Ray's."""
+
+    def __init__(self, metrics: RunMetrics) -> None:
+        self._metrics = metrics
+
+    def ended(self, choice: Choice) -> None:
+        """Count it."""
+        self._metrics.add("panel", choice.ledger)
 
 
 class WithRecords(Way):
@@ -106,10 +119,13 @@ async def main(seconds: float) -> None:
     """Measure all ways in turn, and print them."""
     running = runner(graph(2, reply_tokens=40))
     metrics = Metrics(Admission(ServerSettings()))
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    in_ray = RunMetrics(RayMetrics())
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], Way]] = {
             "alone": Way,
             "metrics": lambda: WithMetrics(metrics),
+            "in Ray": lambda: WithRayMetrics(in_ray),
             "records": lambda: WithRecords(Path(folder, "runs.sqlite")),
             "traces": WithTraces,
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,28 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import pytest
 import yaml
 
 from moa_ray.server import ServerSettings
-from tests.commands import ROOT
+from tests.commands import ROOT, tool
 from tests.conftest import until
 from tests.http import free_port
 from tests.server.local import metric_kinds, serving
 
 PROMETHEUS = ROOT / "deployments" / "prometheus"
 DASHBOARD = ROOT / "deployments" / "grafana" / "moa-ray.json"
-TOOLS = ROOT / ".tools" / "usr" / "bin"
 PRICE = {"prompt": 1, "completion": 2}
 RULES = {"policy": {"quorum": 1, "retries": 1}, "gate": {"kind": "random", "k": 1}}
-
-
-def tool(name: str) -> str:
-    """Where `make setup` put it, or where this machine has it."""
-    found = shutil.which(name, path=str(TOOLS)) or shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not here; `make setup` fetches it where Debian's packages are")
-    return found
 
 
 def expressions() -> list[str]:
