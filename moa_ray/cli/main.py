@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 
 from moa_ray import __version__
-from moa_ray.cli import bench, evaluation, gate, models, moe, runs
+from moa_ray.cli import bench, evaluation, export, gate, models, moe, output, runs
 from moa_ray.cli.options import Address, AsJson
 from moa_ray.engines import registry as engine_kinds
-from moa_ray.errors import MoARayError, RequestError
+from moa_ray.errors import MoARayError
 from moa_ray.gates import registry as gate_kinds
 from moa_ray.graph import Graph, draw, json_schema, load
 
@@ -31,6 +31,7 @@ app.add_typer(moe.app, name="moe")
 app.add_typer(gate.app, name="gate")
 app.add_typer(runs.app, name="runs")
 app.command()(bench.bench)
+app.command()(export.export)
 app.command("eval")(evaluation.evaluate)
 app.command("tune")(evaluation.tune)
 
@@ -280,11 +281,8 @@ def graph(
     picture = getattr(draw, form.value)(_checked(spec))
     if out is None:
         typer.echo(picture)
-        return
-    try:
-        out.write_text(picture, encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{out} cannot be written: {error.strerror}") from None
+    else:
+        output.write("--out", out, picture)
 
 
 @app.command()

@@ -33,4 +33,4 @@ def write(option: str, path: Path, text: str) -> None:
 
 
 def _refused(option: str, path: Path, error: OSError) -> RequestError:
-    return RequestError(f"{option} {path}: {error.strerror}")
+    return RequestError(f"{option} cannot be written: {path}: {error.strerror}")
