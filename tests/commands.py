@@ -32,5 +32,5 @@ def tool(name: str) -> str:
     """Where `make setup` put it, or where this machine has it."""
     found = shutil.which(name, path=str(_TOOLS)) or shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not here; `make setup` fetches it where Debian's packages are")
+        pytest.skip(f"{name} is not here")
     return found

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_main import SPEC
 from tests.commands import moa_ray
+from tests.engines.test_registry import SPEC
 
 ENGINES = ["airflow", "langgraph", "prefect"]
 

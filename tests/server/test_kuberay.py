@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from moa_ray.graph import from_dict
 from moa_ray.graph.loader import loads
 from moa_ray.server import kuberay
 from moa_ray.server.kuberay import Group, Unit
-from tests.commands import ROOT, moa_ray
+from tests.commands import ROOT, moa_ray, tool
 from tests.kuberay import schema_of
 from tests.test_docs import commands
 
+KUBERAY = ROOT / "deployments" / "kuberay"
 GPU = {"kind": "vllm", "model": "org/model"}
 
 
@@ -156,7 +158,7 @@ aggregator: a
 def test_the_file_in_deployments_is_what_deploy_prints_and_its_serve_config_is_one(schema: Any) -> None:
     done = moa_ray("deploy", "examples/quickstart.yaml", "--target", "kuberay", "--redis", "redis:6379")
     assert done.returncode == 0, done.stderr
-    assert (ROOT / "deployments" / "kuberay.yaml").read_text() == done.stdout
+    assert (KUBERAY / "base" / "rayservice.yaml").read_text() == done.stdout
     _, made = yaml.safe_load_all(done.stdout)
     jsonschema.validate(made, schema, jsonschema.Draft202012Validator)
     config = ServeDeploySchema.model_validate(yaml.safe_load(made["spec"]["serveConfigV2"]))
@@ -183,6 +185,21 @@ def test_a_graph_that_no_pod_can_hold_is_refused_by_the_command(tmp_path: Path) 
 def test_the_container_file_is_of_the_version_of_ray_that_is_pinned_and_not_root() -> None:
     text = (ROOT / "deployments" / "Containerfile").read_text()
     assert f"rayproject/ray:{ray.__version__}-" in text and "USER ray" in text and "USER root" not in text
+
+
+def test_the_overlay_is_the_same_service_elsewhere_and_its_ingress_leads_to_it(schema: Any) -> None:
+    command = [tool("kubectl"), "kustomize", str(KUBERAY / "production")]
+    built = {each["kind"]: each for each in yaml.safe_load_all(subprocess.check_output(command, timeout=60))}
+    made = built["RayService"]
+    jsonschema.validate(made, schema, jsonschema.Draft202012Validator)
+    assert {each["metadata"]["namespace"] for each in built.values()} == {"panels"}
+    groups = made["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pods = [group["template"]["spec"] for group in [*groups, made["spec"]["rayClusterConfig"]["headGroupSpec"]]]
+    assert {pod["containers"][0]["image"] for pod in pods} == {"registry.example/moa-ray:0.1.0"}
+    assert groups[0]["template"]["spec"]["nodeSelector"] == {"pool": "inference"}
+    (path,) = built["Ingress"]["spec"]["rules"][0]["http"]["paths"]
+    service = path["backend"]["service"]
+    assert service == {"name": f"{made['metadata']['name']}-serve-svc", "port": {"number": kuberay.PORT}}
 
 
 def test_pods_get_the_secrets_of_the_graph_and_a_system_prompt_may_hold_what_looks_like_one(
