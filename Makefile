@@ -93,7 +93,7 @@ test-vllm: $(VLLM_VENV)/.ready  ## A graph on vLLM, for real on the CPU, in an e
 
 test-integrations: $(INTEGRATIONS:%=.venv-%/.ready)  ## Each plug-in in its workflow engine, in an environment of its own
 	@set -e; for each in $(INTEGRATIONS); do \
-	  .venv-$$each/bin/python -m pytest tests/integrations/test_$$(echo $$each | tr - _).py -W default --disable-warnings; done
+	  .venv-$$each/bin/python -m pytest tests/integrations/test_$$(echo $$each | tr - _)*.py -W default --disable-warnings; done
 
 bench: $(VENV)/.dev  ## The benchmarks; they print ratios
 	@$(BIN)/python -m benchmarks

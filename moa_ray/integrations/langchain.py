@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
 from dataclasses import asdict
 from typing import Any
@@ -17,9 +17,10 @@ need("langchain_core", "langchain-core", "1.8", "langgraph")
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, convert_to_openai_messages
-from langchain_core.messages.tool import default_tool_parser, tool_call_chunk
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -33,9 +34,9 @@ def _key() -> SecretStr | None:
 class ChatMoA(BaseChatModel):  # type: ignore[misc]  # LangChain is not where types are checked
     """A graph, or one of its agents, as a chat model.
 
-    Whatever `Client.run` takes may be given to `invoke`, `stream` and `bind`: `temperature`, `tools`, `k`, `drafts`, and
-    so on. Drafts come as reasoning, and the account of every agent in `response_metadata["agents"]`. Errors are
-    moa-ray's own.
+    Whatever `Client.run` takes may be given to `invoke`, `stream` and `bind`: `temperature`, `tools`, `k`, `drafts` and
+    so on. Every call is streamed, so that engines stop when a caller is gone. Drafts come as reasoning, and the account
+    of every agent in `response_metadata["agents"]`. Errors are moa-ray's own.
 
     Args:
         server: The server's base URL, `/v1` included.
@@ -80,8 +81,7 @@ class ChatMoA(BaseChatModel):  # type: ignore[misc]  # LangChain is not where ty
         run_manager: CallbackManagerForLLMRun | None = None,
         **asked: Any,
     ) -> ChatResult:
-        with Client(**self._settings) as client:
-            return _whole(client.run(convert_to_openai_messages(messages), **_with(stop, asked)))
+        return generate_from_stream(self._stream(messages, stop, **asked))
 
     async def _agenerate(
         self,
@@ -90,8 +90,8 @@ class ChatMoA(BaseChatModel):  # type: ignore[misc]  # LangChain is not where ty
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **asked: Any,
     ) -> ChatResult:
-        async with AsyncClient(**self._settings) as client:
-            return _whole(await client.run(convert_to_openai_messages(messages), **_with(stop, asked)))
+        async with aclosing(self._astream(messages, stop, **asked)) as pieces:
+            return await agenerate_from_stream(pieces)
 
     def _stream(
         self,
@@ -114,7 +114,7 @@ class ChatMoA(BaseChatModel):  # type: ignore[misc]  # LangChain is not where ty
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **asked: Any,
-    ) -> AsyncIterator[ChatGenerationChunk]:
+    ) -> AsyncGenerator[ChatGenerationChunk, None]:
         told = convert_to_openai_messages(messages)
         async with (
             AsyncClient(**self._settings) as client,
@@ -149,18 +149,6 @@ def _choice(wanted: str | dict[str, Any] | bool) -> str | dict[str, Any]:
 
 def _with(stop: list[str] | None, asked: dict[str, Any]) -> dict[str, Any]:
     return asked | {"stop": stop} if stop else asked
-
-
-def _whole(answer: Answer) -> ChatResult:
-    tool_calls, invalid = default_tool_parser([dict(call) for call in answer.tool_calls])
-    message = AIMessage(
-        content=answer.text,
-        additional_kwargs=_reasoning(answer.drafts),
-        tool_calls=tool_calls,
-        invalid_tool_calls=invalid,
-        **_account(answer),
-    )
-    return ChatResult(generations=[ChatGeneration(message=message)])
 
 
 def _piece(event: Event) -> AIMessageChunk:

@@ -1,8 +1,8 @@
 """A graph as a LangGraph: a node for each call, and a server that makes the calls.
 
-The state is the conversation, `messages`, and what each agent said, `texts`; the answer is the last message. Agents that
-need nothing of each other run at once. A checkpointer keeps what is said, so a run that was killed goes on with the
-agents that are missing. `stream_mode="messages"` brings every agent's text as it comes.
+The state is the conversation, `messages`, and what each agent said, `texts`; the answer is the last message. Agents
+that need nothing of each other run at once. A checkpointer keeps what is said, so a run that was killed goes on with
+the agents that are missing. `stream_mode="messages"` brings every agent's text as it comes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ def ask(model: ChatMoA, call: str, shown: Collection[str] = (), *, spare: bool =
         shown: Ids of the calls whose texts it is shown.
         spare: Whether the others can do without it: an agent that fails is then left out.
     """
-    need("langgraph.graph", "langgraph", "1.2", "langgraph")
     from langchain_core.runnables import RunnableLambda
 
     def request(state: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +124,9 @@ def source(graph: Graph, server: str) -> str:
     )
 
 
-_FILE = '''"""The graph {name} of moa-ray as a LangGraph.
+_FILE = '''"""The graph {name} of moa-ray as a LangGraph: python FILE "Why is the sky blue?"
 
-    export MOA_RAY_API_KEY=...  # where the server wants a key
-    python FILE "Why is the sky blue?"
+The server's key, where it wants one, is the environment's MOA_RAY_API_KEY.
 """
 
 # What is lost of the graph's policy on the way:
@@ -193,6 +191,4 @@ def _steps(graph: Graph) -> tuple[Step, ...]:
 def _spare(step: Step, steps: Sequence[Step]) -> bool:
     """Whether all who are shown what it says can do without it."""
     readers = [each for each in steps if step.id in each.inputs]
-    return bool(readers) and all(
-        each.needed < len(each.inputs) and step.id not in each.required for each in readers
-    )
+    return bool(readers) and all(each.needed < len(each.inputs) and step.id not in each.required for each in readers)

@@ -14,10 +14,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 from uuid import uuid4
 
-from moa_ray.client import Asked, AsyncClient
+from moa_ray.client import AsyncClient
 from moa_ray.errors import MoARayError, RequestError, SpecError
 from moa_ray.integrations.needs import need
 
@@ -45,15 +45,13 @@ class MoAProcessor:
         server: The server's base URL, `/v1` included.
         model: A graph, or `graph/agent`.
         requests: Requests that an actor has in flight at most.
-        answers: Folder in which answers are kept, one that all nodes see; nothing is kept where not given. A row is known
-            again by what it asks, with its `id` where it has one: give rows that ask the same one each, if each is to be
-            asked. A graph that says something else now needs another folder.
+        answers: Folder in which answers are kept, one that all nodes see; nothing is kept where not given. A row is
+            known again by what it asks, and by its `id` where it has one: give rows that ask the same one each, if each
+            is to be asked. A graph that says something else now needs another folder.
         asked: Whatever else `Client.run` takes.
     """
 
-    def __init__(
-        self, server: str, model: str, *, requests: int = 8, answers: str | None = None, **asked: Unpack[Asked]
-    ) -> None:
+    def __init__(self, server: str, model: str, *, requests: int = 8, answers: str | None = None, **asked: Any) -> None:
         self._client = AsyncClient(server, api_key=os.environ.get("MOA_RAY_API_KEY"), model=model)
         self._what = (model, asked)
         self._asked = asked

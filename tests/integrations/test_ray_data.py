@@ -107,7 +107,7 @@ def test_no_more_requests_are_in_flight_than_an_actor_may_have() -> None:
             finally:
                 now -= 1
 
-        served.backend.stream = counted  # type: ignore[method-assign]
+        served.backend.stream = counted  # type: ignore[method-assign,assignment]
         data = ray.data.from_items([{"n": n, "prompt": f"q{n}?"} for n in range(30)], override_num_blocks=2)
         rows = _answered(data, served.url, requests=3)
     assert (len(rows), most) == (30, 3)
