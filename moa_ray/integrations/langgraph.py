@@ -156,6 +156,7 @@ builder = StateGraph(State)
 {edges}
 builder.add_edge("answer", END)
 
+# Compiled with a checkpointer, a run that was killed goes on: graph.invoke(None, config).
 graph = builder.compile()
 
 if __name__ == "__main__":

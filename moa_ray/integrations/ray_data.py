@@ -111,9 +111,10 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _hash(asked: Any) -> str:
     try:
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
-    except TypeError as error:
+        told = json.dumps(asked, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
         raise RequestError(f"a row asks in what JSON does not know: {error}") from None
+    return hashlib.sha256(told).hexdigest()[:32]
 
 
 def _input(line: bytes, path: Path) -> str:

@@ -59,7 +59,8 @@ def test_it_is_python_with_the_server_as_it_was_given(server: str) -> None:
 def test_it_is_as_ruff_would_have_it(tmp_path: Path) -> None:
     pytest.importorskip("ruff")
     (tmp_path / "free.py").write_text(source(_free("x", "y"), SERVER))
-    for check in (["format", "--check", "--line-length", "120"], ["check", "--isolated", "--select", "E,F,I"]):
-        command = [sys.executable, "-m", "ruff", *check, "--no-cache", str(tmp_path / "free.py")]
+    for check in (["format", "--check"], ["check", "--select", "E,F,I"]):
+        settings = ["--isolated", "--no-cache", "--line-length", "120"]
+        command = [sys.executable, "-m", "ruff", *check, *settings, str(tmp_path / "free.py")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout

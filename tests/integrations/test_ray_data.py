@@ -224,6 +224,16 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
         assert not served.engine.calls
 
 
+@pytest.mark.parametrize("content", [b"bytes", float("nan"), "half a \ud83d pair"])
+def test_what_json_does_not_know_is_an_error_of_its_row(content: Any) -> None:
+    with serving(1) as served:
+        done = _once(
+            MoAProcessor(f"{served.url}/v1", "panel"),
+            {"messages": [[{"role": "user", "content": each}] for each in (content, "why?")]},
+        )
+    assert [error[:38] for error in done["moa_error"]] == ["invalid_request: a row asks in what JS", ""]
+
+
 def test_half_a_line_of_one_who_was_killed_is_an_answer_that_is_missing(tmp_path: Path) -> None:
     with serving(1) as served:
         _once(MoAProcessor(f"{served.url}/v1", "panel", answers=str(tmp_path)), {"prompt": ["a", "b"]})
