@@ -7,12 +7,13 @@ VLLM_VENV := .venv-vllm
 CLIENTS_VENV := .venv-clients
 INTEGRATIONS := airflow langgraph prefect ray-data
 TOOLS := .tools
+PACKAGES := prometheus caddy redis-server redis-tools libatomic1 libjemalloc2 liblzf1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
 QUESTION ?= Why is the sky blue? Answer in two sentences.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm test-integrations lint types unit bench audit clean
+.PHONY: help setup demo test test-vllm test-cluster test-integrations lint types unit bench audit clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,10 +60,10 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(TOOLS)/.ready: Makefile
-	@echo "Unpacking Prometheus and Caddy in $(TOOLS) (once), out of Debian's packages"
+	@echo "Unpacking Prometheus, Caddy and Redis in $(TOOLS) (once), out of Debian's packages"
 	@mkdir -p $(TOOLS)
-	@cd $(TOOLS) && { apt-get download -qq prometheus caddy && for each in *.deb; do dpkg -x $$each .; done && rm *.deb; } \
-	  2>/dev/null || echo "There are no Debian packages here: tests skip what needs these programs, unless they are on the PATH"
+	@cd $(TOOLS) && { apt-get download -qq $(PACKAGES) && for deb in *.deb; do dpkg -x "$$deb" . && rm "$$deb"; done; } 2>/dev/null \
+	  || echo "There are no Debian packages here: tests skip what needs these programs, unless they are on the PATH"
 	@command -v chromium google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && \
 	  echo "Installing Chromium with apt-get, for the tests of the playground" && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1; } \
@@ -90,6 +91,9 @@ unit: $(VENV)/.dev $(CLIENTS_VENV)/.ready $(TOOLS)/.ready  ## The tests, with co
 
 test-vllm: $(VLLM_VENV)/.ready  ## A graph on vLLM, for real on the CPU, in an environment of its own
 	@$(VLLM_VENV)/bin/python -m pytest tests/vllm -W default --disable-warnings
+
+test-cluster: $(VENV)/.dev $(TOOLS)/.ready  ## Several nodes of Ray, for real on this machine: they join, die, restart
+	@$(BIN)/python -m pytest tests/multinode -n 0 --durations=0
 
 test-integrations: $(INTEGRATIONS:%=.venv-%/.ready)  ## Each plug-in in its workflow engine, in an environment of its own
 	@set -e; for each in $(INTEGRATIONS); do \

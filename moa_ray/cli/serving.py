@@ -133,7 +133,7 @@ def _deployed(plan: Plan, address: str | None) -> Generator[Session, None, None]
             plan.app,
             http=http(plan.settings),
             route_prefix=plan.route_prefix,
-            may_grow=not session.owned,
+            may_grow=session.grows,
             progress=show,
         )
         show.stop()

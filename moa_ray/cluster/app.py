@@ -18,6 +18,7 @@ from contextlib import aclosing
 from math import isinf
 from typing import Any
 
+import ray
 from pydantic import BaseModel, SecretStr
 from ray import serve
 from ray.serve import Application
@@ -58,6 +59,8 @@ _SHUTDOWN_POLL_S = 0.5
 _REPLICA_ROUTER = f"{ReplicaRouter.__module__}.{ReplicaRouter.__name__}"
 _CHANGE_AT_ONCE = {"replicas", "max_ongoing_requests", "price"}
 """Keys of an engine for which no replica is started anew."""
+_HEAD = "node:__internal_head__"
+"""The resource that Ray gives to the head alone."""
 _MODEL_OF_GPU = "accelerator_type:"
 """Prefix of the resource that a node with such accelerators has one of, to ask for with a sliver of it."""
 
@@ -166,7 +169,7 @@ def build(graphs: Sequence[Graph], http: Http | None = None) -> Application:
         version=_hash(sorted(routers), http.settings),
         num_replicas=http.replicas,
         max_ongoing_requests=_UNBOUNDED,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_off_the_head(),
         **_patience(graphs),
     )
     return gateway.bind(http, routers, _feedback(http))
@@ -180,7 +183,7 @@ def _feedback(http: Http) -> Application | None:
         FEEDBACK,
         version=_hash(http.feedback),
         max_ongoing_requests=_UNBOUNDED,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_off_the_head(),
     )
     return deployment.bind(http.feedback)
 
@@ -194,7 +197,7 @@ def _router(graph: Graph) -> Application:
         version=_hash([_content(spec) for _, spec in sorted(graph.engines.items())], sorted(engines), gate is None),
         user_config={"spec": graph.spec.model_dump(mode="json")},
         max_ongoing_requests=_UNBOUNDED,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_off_the_head(),
         **_patience([graph]),
     )
     return router.bind(graph, engines, gate)
@@ -209,7 +212,7 @@ def _gate(graph: Graph) -> Application | None:
         gate_of(spec.name),
         version=_hash(spec.gate, list(spec.agents), spec.layers),
         max_ongoing_requests=_UNBOUNDED,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_off_the_head(),
     )
     return deployment.bind(graph)
 
@@ -222,13 +225,15 @@ def _engine(graph: Graph, name: str, spec: EngineSpec) -> Application:
                 min_replicas=spec.replicas.min,
                 max_replicas=spec.replicas.max,
                 target_ongoing_requests=spec.replicas.target_ongoing_requests,
+                upscale_delay_s=spec.replicas.upscale_delay_s,
+                downscale_delay_s=spec.replicas.downscale_delay_s,
             )
         }
     deployment = _deployment(
         EngineReplica,
         deployment_of(graph.spec.name, name),
         version=_hash(_content(spec)),
-        **placement(spec),
+        **_placed(spec),
         max_ongoing_requests=spec.max_ongoing_requests,
         request_router_config=RequestRouterConfig(request_router_class=_REPLICA_ROUTER),
         **scaling,
@@ -240,6 +245,25 @@ def _engine(graph: Graph, name: str, spec: EngineSpec) -> Application:
 def _deployment(cls: type, name: str, *, version: str, **options: Any) -> serve.Deployment:
     # Serve would give each deploy a random version, and so restart everything at each.
     return serve.deployment(cls, name=name, **options).options(version=version, _internal=True)
+
+
+def _placed(spec: EngineSpec) -> dict[str, Any]:
+    placed = placement(spec)
+    takes = "placement_group_bundles" in placed or demand_of(placed["ray_actor_options"])
+    return placed if takes else {"ray_actor_options": _off_the_head()}
+
+
+def _off_the_head() -> dict[str, Any]:
+    """Options of an actor that takes nothing: it is on another node than the head, where there is one.
+
+    While a head whose state is kept elsewhere restarts, what is on the other nodes goes on.
+    """
+    head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]), "")
+    return {
+        "num_cpus": 0,
+        "label_selector": {"ray.io/node-id": f"!{head}"},
+        "fallback_strategy": [{"label_selector": {"ray.io/node-id": head}}],
+    }
 
 
 def _patience(graphs: Sequence[Graph]) -> dict[str, float]:

@@ -50,7 +50,7 @@ class MoA:
         self._closed = False
         self._session = Session(address)
         try:
-            deploy([graph], self.app, may_grow=not self._session.owned, progress=progress)
+            deploy([graph], self.app, may_grow=self._session.grows, progress=progress)
             router: Any = serve.get_deployment_handle(router_of(graph.spec.name), self.app)
         except BaseException:
             self._session.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -50,6 +50,10 @@ class Autoscaling(_Strict):
     """Most replicas."""
     target_ongoing_requests: PositiveFloat = 2.0
     """Calls in flight per replica that the autoscaler aims at."""
+    upscale_delay_s: NonNegativeFloat = 30.0
+    """Seconds that the load asks for more replicas before there are more."""
+    downscale_delay_s: NonNegativeFloat = 600.0
+    """Seconds that the load asks for fewer replicas before there are fewer."""
 
 
 class Price(_Strict):
@@ -77,7 +81,7 @@ class EngineSpec(BaseModel):
     replicas: Annotated[
         Annotated[PositiveInt, Tag("<plain>")] | Annotated[Autoscaling, Tag("<mapping>")], Discriminator(_branch)
     ] = 1
-    """Number of replicas (Ray actors), or `{min, max, target_ongoing_requests}`."""
+    """Number of replicas (Ray actors), or `{min, max, target_ongoing_requests, …}`."""
     max_ongoing_requests: PositiveInt = 64
     """Calls that one replica holds at once; more wait in the router."""
     price: Price | None = None
