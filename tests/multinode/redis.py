@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-import pytest
-
-from tests.commands import ROOT
+from tests.commands import ROOT, tool
 from tests.conftest import until
-
-TOOLS = ROOT / ".tools" / "usr"
 
 
 @contextmanager
 def redis(host: str, port: int, folder: str) -> Iterator[str]:
     """Serve at `host:port`, which is yielded."""
-    command = shutil.which("redis-server", path=str(TOOLS / "bin")) or shutil.which("redis-server")
-    if command is None:
-        pytest.skip("redis-server is not here; `make setup` fetches it where Debian's packages are")
-    libraries = ":".join(str(path) for path in (TOOLS / "lib").glob("*-linux-gnu"))
+    command = tool("redis-server")
+    libraries = ":".join(str(path) for path in (ROOT / ".tools" / "usr" / "lib").glob("*-linux-gnu"))
     options = ["--bind", host, "--port", str(port), "--dir", folder, "--save", "", "--protected-mode", "no"]
     with open(f"{folder}/redis.log", "w") as log:
         server = subprocess.Popen([command, *options], stdout=log, env={**os.environ, "LD_LIBRARY_PATH": libraries})
