@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from moa_ray import __version__
-from moa_ray.cli import bench, evaluation, export, gate, models, moe, output, runs
+from moa_ray.cli import bench, evaluation, export, gate, models, moe, output, plugins, runs
 from moa_ray.cli.options import Address, AsJson
 from moa_ray.engines import registry as engine_kinds
 from moa_ray.errors import MoARayError
@@ -32,6 +32,7 @@ app.add_typer(gate.app, name="gate")
 app.add_typer(runs.app, name="runs")
 app.command()(bench.bench)
 app.command()(export.export)
+app.command()(plugins.plugins)
 app.command("eval")(evaluation.evaluate)
 app.command("tune")(evaluation.tune)
 

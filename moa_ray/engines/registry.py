@@ -5,26 +5,14 @@ A package brings its own by the entry point group `moa_ray.engines`.
 
 from __future__ import annotations
 
-import difflib
-from functools import cache
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import ClassVar, Protocol, cast, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
 from moa_ray.engines.protocol import Engine
 from moa_ray.errors import SpecError
 from moa_ray.graph import EngineSpec, Graph, Resources
-
-GROUP = "moa_ray.engines"
-_BUILT_IN = {
-    "scripted": "moa_ray.engines.scripted:Scripted",
-    "llamacpp": "moa_ray.engines.llamacpp:LlamaCpp",
-    "moe": "moa_ray.engines.moe:MoEEngine",
-    "openai": "moa_ray.engines.openai_api:OpenAIEngine",
-    "vllm": "moa_ray.engines.vllm:VLLM",
-}
+from moa_ray.graph.plugins import Plugins
 
 
 class EngineKind(Protocol):
@@ -54,38 +42,26 @@ class KindWithWorkers(Protocol):
         ...
 
 
-@cache
-def kinds() -> tuple[str, ...]:
-    """Names of all engine kinds, sorted."""
-    return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=GROUP))}))
+KINDS: Plugins[EngineKind] = Plugins(
+    "moa_ray.engines",
+    "engine kind",
+    {
+        "scripted": "moa_ray.engines.scripted:Scripted",
+        "llamacpp": "moa_ray.engines.llamacpp:LlamaCpp",
+        "moe": "moa_ray.engines.moe:MoEEngine",
+        "openai": "moa_ray.engines.openai_api:OpenAIEngine",
+        "vllm": "moa_ray.engines.vllm:VLLM",
+    },
+)
 
 
 def kind_of(spec: EngineSpec) -> EngineKind:
     """The class behind `spec.kind`.
 
     Raises:
-        SpecError: If no such kind is known, or its plug-in cannot be imported.
+        SpecError: If no such kind is known, or its plug-in cannot be loaded.
     """
-    return _load(spec.kind)
-
-
-@cache
-def _load(name: str) -> EngineKind:
-    for point in entry_points(group=GROUP, name=name):
-        return _from_plugin(point)
-    if name not in _BUILT_IN:
-        near = difflib.get_close_matches(name, kinds(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(kinds())}"
-        raise SpecError(f"there is no engine kind {name!r}", hint=hint)
-    module, _, attribute = _BUILT_IN[name].partition(":")
-    return cast(EngineKind, getattr(import_module(module), attribute))
-
-
-def _from_plugin(point: EntryPoint) -> EngineKind:
-    try:
-        return cast(EngineKind, point.load())
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"the engine plug-in {point.name!r} ({point.value}) cannot be loaded: {error}") from error
+    return KINDS.find(spec.kind)
 
 
 def options_of(spec: EngineSpec) -> BaseModel:

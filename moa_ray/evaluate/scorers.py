@@ -7,15 +7,12 @@ returns a number from 0 (wrong) to 1 (right).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.metadata import entry_points
 
-from moa_ray.errors import RequestError
-from moa_ray.graph.source import did_you_mean
+from moa_ray.errors import RequestError, SpecError
+from moa_ray.graph.plugins import Plugins
 from moa_ray.graph.spec import Vote
 from moa_ray.runtime.choose import extract
 
-GROUP = "moa_ray.scorers"
 Scorer = Callable[[str, Sequence[str]], float]
 
 VOTES = {"number": Vote(extract="number"), "choice": Vote(extract="choice")}
@@ -42,28 +39,21 @@ def contains(answer: str, references: Sequence[str]) -> float:
     return float(any(_plain(reference) in _plain(answer) for reference in references))
 
 
-_BUILT_IN: dict[str, Scorer] = {"number": number, "choice": choice, "exact": exact, "contains": contains}
+SCORERS: Plugins[Scorer] = Plugins(
+    "moa_ray.scorers", "scorer", {"number": number, "choice": choice, "exact": exact, "contains": contains}
+)
 
 
-def names() -> tuple[str, ...]:
-    """Names of all scorers, sorted."""
-    return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=GROUP))}))
-
-
-@cache
 def scorer(name: str) -> Scorer:
     """The scorer called `name`.
 
     Raises:
-        RequestError: If there is none.
+        RequestError: If there is none, or it cannot be loaded.
     """
-    for point in entry_points(group=GROUP, name=name):
-        found: Scorer = point.load()
-        return found
-    if name not in _BUILT_IN:
-        hint = did_you_mean(name, names()) or f"there are: {', '.join(names())}"
-        raise RequestError(f"there is no scorer {name!r}", hint=hint)
-    return _BUILT_IN[name]
+    try:
+        return SCORERS.find(name)
+    except SpecError as error:
+        raise RequestError(error.message, hint=error.hint) from None
 
 
 def _same_part(answer: str, references: Sequence[str], part: Vote) -> float:

@@ -126,9 +126,10 @@ class Cascade:
                 f"the samples of {_agent(graph)} always agree, since its temperature is 0",
                 hint="give it a temperature, or the gate confidence: logprob",
             )
-        if checked.measure not in agreement.names():
-            hint = did_you_mean(checked.measure, agreement.names()) or f"there are: {', '.join(agreement.names())}"
-            raise SpecError(f"measure: there is no measure of agreement {checked.measure!r}", hint=hint)
+        try:
+            agreement.MEASURES.find(checked.measure)
+        except SpecError as error:
+            raise SpecError(f"measure: {error.message}", hint=error.hint) from None
 
     @classmethod
     def create(cls, graph: Graph, options: BaseModel) -> Cascade:
@@ -157,7 +158,7 @@ class Cascade:
 
     def _confidence(self, answers: list[Answer]) -> float | None:
         if self._options.confidence == "agreement":
-            return agreement.measure(self._options.measure)([answer.text for answer in answers])
+            return agreement.MEASURES.find(self._options.measure)([answer.text for answer in answers])
         (answer,) = answers
         return None if answer.logprob is None else math.exp(answer.logprob)
 
@@ -165,7 +166,7 @@ class Cascade:
         """The answer that agrees best with the others; of equals the first."""
         if len(answers) == 1:
             return answers[0]
-        measure = agreement.measure(self._options.measure)
+        measure = agreement.MEASURES.find(self._options.measure)
         return max(
             answers,
             key=lambda one: mean(measure([one.text, other.text]) for other in answers if other is not one),

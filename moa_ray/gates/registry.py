@@ -5,29 +5,14 @@ A package brings its own by the entry point group `moa_ray.gates`.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol
 
 from pydantic import BaseModel, ValidationError
 
 from moa_ray.errors import SpecError
 from moa_ray.gates.protocol import Gate
 from moa_ray.graph import Graph
-from moa_ray.graph.source import did_you_mean
-
-GROUP = "moa_ray.gates"
-_BUILT_IN = {
-    "all": "moa_ray.gates.simple:All",
-    "random": "moa_ray.gates.simple:Random",
-    "rules": "moa_ray.gates.rules:Rules",
-    "llm": "moa_ray.gates.asking:Llm",
-    "cascade": "moa_ray.gates.asking:Cascade",
-    "noisy_top_k": "moa_ray.gates.learned.kinds:NoisyTopK",
-    "knn": "moa_ray.gates.learned.kinds:Knn",
-    "solo": "moa_ray.gates.learned.kinds:Solo",
-}
+from moa_ray.graph.plugins import Plugins
 
 
 class GateKind(Protocol):
@@ -62,30 +47,33 @@ class GateKind(Protocol):
         ...
 
 
-@cache
-def kinds() -> tuple[str, ...]:
-    """Names of all gate kinds, sorted."""
-    return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=GROUP))}))
+KINDS: Plugins[GateKind] = Plugins(
+    "moa_ray.gates",
+    "gate kind",
+    {
+        "all": "moa_ray.gates.simple:All",
+        "random": "moa_ray.gates.simple:Random",
+        "rules": "moa_ray.gates.rules:Rules",
+        "llm": "moa_ray.gates.asking:Llm",
+        "cascade": "moa_ray.gates.asking:Cascade",
+        "noisy_top_k": "moa_ray.gates.learned.kinds:NoisyTopK",
+        "knn": "moa_ray.gates.learned.kinds:Knn",
+        "solo": "moa_ray.gates.learned.kinds:Solo",
+    },
+)
 
 
-@cache
 def kind_of(name: str) -> GateKind:
     """The class behind a kind's name.
 
     Raises:
-        SpecError: If no such kind is known, or it cannot be imported.
+        SpecError: If no such kind is known, or it cannot be loaded.
     """
     try:
-        for point in entry_points(group=GROUP, name=name):
-            return cast(GateKind, point.load())
-        if name in _BUILT_IN:
-            module, _, attribute = _BUILT_IN[name].partition(":")
-            return cast(GateKind, getattr(import_module(module), attribute))
-    except (ImportError, AttributeError) as error:
-        hint = "pip install 'moa-ray[gate]'" if name in _BUILT_IN else ""
+        return KINDS.find(name)
+    except ImportError as error:
+        hint = "pip install 'moa-ray[gate]'"
         raise SpecError(f"the gate kind {name!r} cannot be loaded: {error}", hint=hint) from error
-    hint = did_you_mean(name, kinds()) or f"known kinds: {', '.join(kinds())}"
-    raise SpecError(f"there is no gate kind {name!r}", hint=hint)
 
 
 def check(graph: Graph) -> None:

@@ -3,12 +3,12 @@
 Plain Python and pydantic; imports nothing of moa-ray but `errors`.
 """
 
-from moa_ray.graph.dag import ANSWER, RANK, Call, Graph
+from moa_ray.graph.dag import Call, Graph
 from moa_ray.graph.loader import from_dict, load, loads
 from moa_ray.graph.messages import Message, conversation
 from moa_ray.graph.schema import json_schema
 from moa_ray.graph.source import Source
-from moa_ray.graph.spec import Agent, EngineSpec, GraphSpec, Policy, Resources
+from moa_ray.graph.spec import ANSWER, RANK, Agent, EngineSpec, GraphSpec, Policy, Resources
 
 __all__ = [
     "ANSWER",

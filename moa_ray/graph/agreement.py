@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.metadata import entry_points
 from itertools import combinations
 from statistics import mean
 
-GROUP = "moa_ray.agreement"
+from moa_ray.graph.plugins import Plugins
+
 Measure = Callable[[Sequence[str]], float]
 
 
@@ -28,18 +27,4 @@ def words(texts: Sequence[str]) -> float:
     return mean(len(one & two) / len(one | two) if one | two else 1.0 for one, two in combinations(sets, 2))
 
 
-_BUILT_IN: dict[str, Measure] = {"exact": exact, "words": words}
-
-
-def names() -> tuple[str, ...]:
-    """Names of all measures, sorted."""
-    return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=GROUP))}))
-
-
-@cache
-def measure(name: str) -> Measure:
-    """The measure called `name`, one of `names()`."""
-    for point in entry_points(group=GROUP, name=name):
-        found: Measure = point.load()
-        return found
-    return _BUILT_IN[name]
+MEASURES: Plugins[Measure] = Plugins("moa_ray.agreement", "measure of agreement", {"exact": exact, "words": words})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 from moa_ray.graph.dag import Call, Graph
-from moa_ray.graph.spec import RankAggregator, VoteAggregator
+from moa_ray.graph.spec import PluginAggregator, RankAggregator, VoteAggregator
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,8 @@ def _placed(graph: Graph) -> Iterator[tuple[int, _Cell]]:
     match graph.spec.aggregator:
         case VoteAggregator():
             yield last, _Cell("=", finals, "vote", "majority")
+        case PluginAggregator(kind=kind):
+            yield last, _Cell("=", finals, kind, "plug-in")
         case RankAggregator(rank=rank):
             yield last, _Cell("=", finals, f"{rank.agent} picks", graph.engine_of(rank.agent))
         case str(agent):

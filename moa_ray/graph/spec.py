@@ -11,21 +11,36 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+
+ANSWER, RANK = "answer", "rank"
+"""Ids of the aggregator's own call."""
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """Letters, digits, `.`, `_`, `-`: it becomes part of a Ray actor's name and of a model id."""
 
 
 def _branch(value: Any) -> str:
     """Which member of a union is meant: told by the form of what stands there, so that errors speak of that one."""
-    if isinstance(value, Mapping):
-        return "<rank>" if "rank" in value else "<mapping>"
-    if isinstance(value, RankAggregator):
-        return "<rank>"
-    return "<mapping>" if isinstance(value, BaseModel) else "<plain>"
+    return "<mapping>" if isinstance(value, Mapping | BaseModel) else "<plain>"
+
+
+def _aggregator(value: Any) -> str:
+    """The same for an aggregator."""
+    keys = value.keys() if isinstance(value, Mapping) else getattr(value, "__dict__", {}).keys()
+    return "<kind>" if "kind" in keys else "<rank>" if "rank" in keys else _branch(value)
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class _OfAKind(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that belong to the kind."""
+        return dict(self.model_extra or {})
 
 
 class Resources(_Strict):
@@ -67,10 +82,8 @@ class Price(_Strict):
     """Tokens of the prompt that needed no prefill; as those of the prompt where not given."""
 
 
-class EngineSpec(BaseModel):
+class EngineSpec(_OfAKind):
     """Where tokens come from. Keys beside these are options of the engine's kind."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
 
     kind: str
     """`llamacpp`, `openai`, `scripted`, or a kind that a plug-in brings."""
@@ -86,11 +99,6 @@ class EngineSpec(BaseModel):
     """Calls that one replica holds at once; more wait in the router."""
     price: Price | None = None
     """What its tokens cost; not given: nothing is said of dollars."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keys that belong to the kind."""
-        return dict(self.model_extra or {})
 
     @property
     def least_replicas(self) -> int:
@@ -166,10 +174,15 @@ class RankAggregator(_Strict):
     rank: Rank
 
 
-class Gate(BaseModel):
-    """Who of a layer answers. Keys beside these are options of the gate's kind."""
+class PluginAggregator(_OfAKind):
+    """An aggregator that a plug-in brings. Keys beside this one are options of its kind."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+    kind: str
+    """Its name."""
+
+
+class Gate(_OfAKind):
+    """Who of a layer answers. Keys beside these are options of the gate's kind."""
 
     kind: str = "all"
     """`all`, `random`, `rules`, `llm`, `cascade`, `noisy_top_k`, `knn`, `solo`, or a kind that a plug-in brings."""
@@ -181,11 +194,6 @@ class Gate(BaseModel):
     """Longest time for the gate, in seconds; then everybody answers. Not given: 0.05, or 60 where it asks agents."""
     explore: float = Field(0.0, ge=0, le=1)
     """Share of the requests that try agents drawn at random, `k` of each layer, so that the gate can learn of them."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keys that belong to the kind."""
-        return dict(self.model_extra or {})
 
 
 class Hedge(_Strict):
@@ -266,10 +274,12 @@ class GraphSpec(_Strict):
     aggregator: Annotated[
         Annotated[str, Tag("<plain>")]
         | Annotated[VoteAggregator, Tag("<mapping>")]
-        | Annotated[RankAggregator, Tag("<rank>")],
-        Discriminator(_branch),
+        | Annotated[RankAggregator, Tag("<rank>")]
+        | Annotated[PluginAggregator, Tag("<kind>")],
+        Discriminator(_aggregator),
     ]
-    """Who makes the answer: an agent that synthesises, `{vote: …}`, or `{rank: {agent: …}}`."""
+    """Who makes the answer: an agent that synthesises, `{vote: …}`, `{rank: {agent: …}}`, or `{kind: …}`, which a
+    plug-in brings."""
     gate: Gate = Gate()
     """Who of a layer answers."""
     policy: Policy = Policy()

@@ -111,7 +111,7 @@ class Joins:
         early, enough = self._policy.early_exit, self._done({outcome.call.id for outcome in answers}, inputs)
         if early is None or not enough or len(answers) < early.proposals or inputs in self.agreed:
             return inputs in self.agreed
-        measure = agreement.measure(early.measure)
+        measure = agreement.MEASURES.find(early.measure)
         if await asyncio.to_thread(measure, [outcome.text for outcome in answers]) >= early.threshold:
             self.agreed.add(inputs)
         return inputs in self.agreed

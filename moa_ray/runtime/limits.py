@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from moa_ray.errors import ModelNotFound, RequestError
 from moa_ray.graph import ANSWER, Call, Graph, Policy
-from moa_ray.graph.dag import smallest_layer
+from moa_ray.graph.checks import smallest_layer
 from moa_ray.graph.source import did_you_mean, dotted, problems_of
 
 

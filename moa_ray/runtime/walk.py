@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from moa_ray.engines.protocol import Engine, FinishReason
 from moa_ray.errors import MoARayError
-from moa_ray.graph import Call
+from moa_ray.graph import ANSWER, Call, aggregators
 from moa_ray.graph.prompts import Prompt
-from moa_ray.graph.spec import VoteAggregator
+from moa_ray.graph.spec import PluginAggregator, VoteAggregator
 from moa_ray.runtime import choose
 from moa_ray.runtime.attempts import WHOLE, Caller, Stage
 from moa_ray.runtime.events import AgentSkipped, LayerStarted
@@ -115,9 +115,23 @@ class Walk:
         texts = [proposal.text for proposal in proposals]
         if outcome is not None:
             return self._take(proposals, *choose.picked(outcome.text, len(texts)))
+        if isinstance(aggregator, PluginAggregator):
+            return await self._made(aggregator, proposals)
         assert isinstance(aggregator, VoteAggregator)
         weights = self._plan.weights_of([proposal.call for proposal in proposals])
         return self._take(proposals, *choose.vote(texts, aggregator.vote, weights))
+
+    async def _made(self, aggregator: PluginAggregator, proposals: list[Outcome]) -> Answer | MoARayError:
+        """What a plug-in makes of the proposals."""
+        try:
+            texts = [proposal.text for proposal in proposals]
+            made = await asyncio.to_thread(aggregators.aggregate, aggregator, texts)
+        except MoARayError as error:
+            return error
+        if isinstance(made, int):
+            return self._take(proposals, made, f"{aggregator.kind} took proposal {made + 1} of {len(proposals)}")
+        self._journal.emit_answer(made)
+        return Answer(made, ANSWER, "stop", f"{aggregator.kind} wrote it out of {len(proposals)} proposals")
 
     def _take(self, proposals: list[Outcome], index: int, note: str) -> Answer:
         chosen = proposals[index]

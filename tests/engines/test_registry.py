@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 from moa_ray.engines import Scripted, registry
 from moa_ray.errors import EngineRefused, SpecError
 from moa_ray.graph import EngineSpec, Graph, loads
+from moa_ray.graph import plugins as plugin_points
 
 SPEC = """\
 version: 1
@@ -31,7 +31,7 @@ def graph(engine: str) -> Graph:
     [
         ("{kind: scriptd, model: m}", "g.yaml:4: engines.s.kind: there is no engine kind 'scriptd'.*mean 'scripted'"),
         ("{kind: scripted, modle: m}", "g.yaml:4: engines.s.model: is missing.*is 'modle' meant to be it"),
-        ("{kind: zzz, model: m}", "known kinds: .*llamacpp, moe, openai, scripted.*vllm"),
+        ("{kind: zzz, model: m}", "there are: .*llamacpp, moe, openai, scripted.*vllm"),
         ("{kind: scripted, model: m, tfft_s: 1}", "g.yaml:4: engines.s.tfft_s: unknown key.*did you mean 'ttft_s'"),
         ("{kind: scripted, model: m, ttft_s: -1}", "g.yaml:4: engines.s.ttft_s: must be at least 0, not -1"),
         ("{kind: scripted, model: m, faults: [{kind: explode}]}", r"engines.s.faults\[0\].kind: must be 'unavailable'"),
@@ -75,30 +75,26 @@ async def test_where_vllm_is_missing_one_line_names_the_extra() -> None:
 
 
 @pytest.fixture
-def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EntryPoint]]:
+def plugins(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     """Entry points as an installed package would bring them."""
     installed: list[EntryPoint] = []
 
     def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
         return [point for point in installed if point.group == group and name in (None, point.name)]
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
-    registry.kinds.cache_clear()
-    registry._load.cache_clear()
-    yield installed
-    registry.kinds.cache_clear()
-    registry._load.cache_clear()
+    monkeypatch.setattr(plugin_points, "entry_points", entry_points)
+    return installed
 
 
 async def test_a_plugin_brings_a_kind(plugins: list[EntryPoint]) -> None:
-    plugins.append(EntryPoint("mine", "moa_ray.engines.scripted:Scripted", registry.GROUP))
-    assert "mine" in registry.kinds()
+    plugins.append(EntryPoint("mine", "moa_ray.engines.scripted:Scripted", registry.KINDS.group))
+    assert "mine" in registry.KINDS.names()
     spec = EngineSpec.model_validate({"kind": "mine", "model": "m", "reply": "hello"})
     engine: Any = await registry.create(spec)
     assert isinstance(engine, Scripted) and engine.options.reply == "hello"
 
 
 def test_a_plugin_that_cannot_be_imported_is_told(plugins: list[EntryPoint]) -> None:
-    plugins.append(EntryPoint("broken", "no_such_package:Engine", registry.GROUP))
-    with pytest.raises(SpecError, match=r"plug-in 'broken' \(no_such_package:Engine\) cannot be loaded"):
+    plugins.append(EntryPoint("broken", "no_such_package:Engine", registry.KINDS.group))
+    with pytest.raises(SpecError, match=r"engine kind 'broken' \(no_such_package:Engine\) cannot be loaded"):
         registry.check(graph("{kind: broken, model: m}"))

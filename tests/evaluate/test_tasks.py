@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moa_ray.errors import RequestError
 from moa_ray.evaluate import scorers, tasks
+from moa_ray.graph import plugins
 
 GSM8K = {"question": "2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
 MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Make it rhyme."]}
@@ -124,6 +125,6 @@ def length(answer: str, references: Any) -> float:
 
 
 def test_a_package_brings_a_scorer_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("long", f"{__name__}:length", scorers.GROUP)
-    monkeypatch.setattr(scorers, "entry_points", lambda group, name=None: [point] if name in (None, "long") else [])
-    assert "long" in scorers.names() and scorers.scorer("long")("four", []) == 1.0
+    point = EntryPoint("long", f"{__name__}:length", scorers.SCORERS.group)
+    monkeypatch.setattr(plugins, "entry_points", lambda group, name=None: [point] if name in (None, "long") else [])
+    assert "long" in scorers.SCORERS.names() and scorers.scorer("long")("four", []) == 1.0

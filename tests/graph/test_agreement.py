@@ -19,15 +19,15 @@ from tests.runtime.panels import panel
     ],
 )
 def test_the_built_in_measures(texts: list[str], exact: float, words: float) -> None:
-    assert agreement.measure("exact")(texts) == pytest.approx(exact)
-    assert agreement.measure("words")(texts) == pytest.approx(words)
+    assert agreement.MEASURES.find("exact")(texts) == pytest.approx(exact)
+    assert agreement.MEASURES.find("words")(texts) == pytest.approx(words)
 
 
 @given(st.lists(st.text(alphabet="ab ", max_size=8), min_size=2, max_size=5))
 def test_agreement_lies_between_nothing_and_one_which_is_that_of_equals(texts: list[str]) -> None:
     for name in ("exact", "words"):
-        assert 0 <= agreement.measure(name)(texts) <= 1
-        assert agreement.measure(name)([texts[0]] * 3) == 1
+        assert 0 <= agreement.MEASURES.find(name)(texts) <= 1
+        assert agreement.MEASURES.find(name)([texts[0]] * 3) == 1
 
 
 def test_an_unknown_measure_is_refused_with_its_place_and_what_was_meant() -> None:
