@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import moa_ray
+from tests.commands import ROOT, moa_ray
 from tests.engines.test_registry import SPEC
+from tests.test_docs import commands
 
 ENGINES = ["airflow", "langgraph", "prefect"]
 
@@ -39,3 +40,14 @@ def test_an_engine_that_there_is_not_and_a_file_that_cannot_be_written_are_refus
     assert moa_ray("export", str(spec), "--to", "airflaw").returncode == 2
     done = moa_ray("export", str(spec), "--to", "mermaid", "--out", "/nowhere/x.mmd")
     assert done.returncode == 2 and "--out cannot be written: /nowhere/x.mmd: No such file" in done.stderr
+
+
+def test_the_commands_of_the_docs_write_their_files(tmp_path: Path) -> None:
+    (tmp_path / "panel.yaml").write_text(SPEC)
+    (tmp_path / "dags").mkdir()
+    told = commands(ROOT / "docs" / "integrations.md")
+    for command in told:
+        done = moa_ray(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    files = [command[-1] for command in told if "--out" in command]
+    assert len(files) == 3 and all((tmp_path / file).stat().st_size for file in files)

@@ -1,8 +1,18 @@
 from __future__ import annotations
 
-from moa_ray.graph import from_dict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moa_ray.client import Client
+from moa_ray.graph import Graph, from_dict
 from moa_ray.integrations import step_by_step
+from tests.commands import ROOT
 from tests.runtime.panels import panel
+from tests.server.local import serving
+from tests.test_docs import snippets
 
 
 def test_a_graph_is_one_step_a_call_each_after_what_it_is_shown_and_the_answer_last() -> None:
@@ -52,3 +62,18 @@ def test_what_steps_cannot_express_is_told() -> None:
         "policy.grace_s",
         "policy.deadline_s",
     ]
+
+
+@pytest.mark.parametrize("layers", [(3,), (2, 1)])
+def test_the_loop_of_the_docs_answers_as_a_whole_run_does(tmp_path: Path, layers: tuple[int, ...]) -> None:
+    (snippet,) = snippets(ROOT / "docs" / "integrations.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "integrations.md", "exec"), names)
+    with serving(*layers, reply="{agent} read {prompt}") as served, Client(f"{served.url}/v1") as client:
+        (path := tmp_path / "panel.yaml").write_text(yaml.safe_dump(written(panel(*layers)[0].graph)))
+        assert names["answer"](path, "why?", client) == client.run("why?").text
+
+
+def written(graph: Graph) -> dict[str, Any]:
+    """The graph as its YAML holds it."""
+    return graph.spec.model_dump(mode="json", exclude_defaults=True)
