@@ -66,3 +66,10 @@ def test_every_image_of_ours_has_the_version_of_the_package() -> None:
         for version in re.findall(r"moa-ray:(\d+\.\d+\.\d+)", path.read_text())
     }
     assert len(found) >= 4 and {version for _, version in found} == {__version__}
+
+
+def test_what_is_checked_of_every_change_is_what_the_makefile_has() -> None:
+    checks = read(ROOT / ".github" / "workflows" / "checks.yml")
+    targets = checks["jobs"]["make"]["strategy"]["matrix"]["target"]
+    made = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(targets) <= made and {name for name in made if name.startswith("test")} <= set(targets)

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.serve.schema import ApplicationStatus
 
@@ -20,7 +21,7 @@ from moa_ray.errors import ClusterError, ResourcesShort
 from moa_ray.graph import EngineSpec, Graph
 
 PLACE_TIMEOUT_S = 20.0
-"""How long a replica may wait for a node with room for it."""
+"""How long a replica may wait for a node with room for it, while Ray's autoscaler brings none."""
 START_TIMEOUT_S = 600.0
 """How long all replicas together may take to load their models."""
 _ABANDON_TIMEOUT_S = 10.0
@@ -50,7 +51,7 @@ def deploy(
         progress: Called whenever the number of ready replicas changes.
 
     Raises:
-        ResourcesShort: If a replica finds no place within `PLACE_TIMEOUT_S`.
+        ResourcesShort: If a replica finds no place within `PLACE_TIMEOUT_S`, and no node is on its way.
         ClusterError: If an engine cannot start. Nothing of a new application is left behind; of one that was
             there, what ran before still runs.
     """
@@ -107,8 +108,9 @@ def _wait(graphs: Sequence[Graph], app: str, progress: Progress | None) -> None:
                 return
             if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise _failure(graphs, status)
-        unplaced = _unplaced(graphs, app)
-        if unplaced is None:
+        cluster = get_cluster_status(ray.get_runtime_context().gcs_address)
+        unplaced = _unplaced(graphs, app, cluster)
+        if unplaced is None or cluster.pending_launches or cluster.pending_nodes:  # a node that comes may have room
             had_room = now
         elif now - had_room > PLACE_TIMEOUT_S:
             raise _short(*unplaced)
@@ -125,7 +127,7 @@ def _check_feasible(graphs: Sequence[Graph]) -> None:
             raise _short(graph, name, spec)
 
 
-def _unplaced(graphs: Sequence[Graph], app: str) -> tuple[Graph, str, EngineSpec] | None:
+def _unplaced(graphs: Sequence[Graph], app: str, cluster: ClusterStatus) -> tuple[Graph, str, EngineSpec] | None:
     """An engine with a replica that waits for room.
 
     Ray says who waits. What is free does not: a replica whose process still starts holds its room already, and on a
@@ -133,7 +135,7 @@ def _unplaced(graphs: Sequence[Graph], app: str) -> tuple[Graph, str, EngineSpec
     """
     deployments = details_of(app).get("deployments") or {}
     groups = {group["name"] for group in ray.util.placement_group_table().values() if group["state"] == "PENDING"}
-    demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
+    demands = cluster.resource_demands.ray_task_actor_demand
     waiting = [request.bundle for demand in demands for request in demand.bundles_by_count]
     for graph, name, spec, deployment in _engines(graphs):
         starting = [
