@@ -110,21 +110,22 @@ class Router:
 
     async def stream(self, messages: list[Message], options: RunOptions) -> AsyncGenerator[list[Event], None]:
         """Run one request; what happens at the same time travels in one message, or all of it, if nobody looks."""
-        run, ledger = "", Ledger()
+        run = ""
         held: list[Event] = []
         try:
-            async with aclosing(self._runner.batches(messages, options)) as batches:
+            async with aclosing(self._runner.batches(messages, options, self._book)) as batches:
                 async for batch in batches:
                     for event in batch:
                         self._meter.add(event)
-                        ledger.add(event)
                     run, held = batch[0].run, held + batch
                     if _looked_at(batch, options):
                         yield held
                         held = []
         finally:
             self._meter.end(run)
-            self._metrics.add(self._graph.spec.name, ledger)
+
+    def _book(self, ledger: Ledger) -> None:
+        self._metrics.add(ledger.graph, ledger)
 
     async def load(self) -> dict[str, EngineLoad]:
         """What this replica sent to each engine of late."""
@@ -256,7 +257,8 @@ def _placed(spec: EngineSpec) -> dict[str, Any]:
 def _off_the_head() -> dict[str, Any]:
     """Options of an actor that takes nothing: it is on another node than the head, where there is one.
 
-    While a head whose state is kept elsewhere restarts, what is on the other nodes goes on.
+    While a head whose state is kept elsewhere restarts, what is on the other nodes goes on. A machine that takes the
+    head's place has another id: until the next deployment, which replaces these actors one by one, they may be on it.
     """
     head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]), "")
     return {

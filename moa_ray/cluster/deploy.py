@@ -24,6 +24,8 @@ PLACE_TIMEOUT_S = 20.0
 """How long a replica may wait for a node with room for it, while Ray's autoscaler brings none."""
 START_TIMEOUT_S = 600.0
 """How long all replicas together may take to load their models."""
+NODE_TIMEOUT_S = 1800.0
+"""How long nodes may take that Ray's autoscaler brings, before that."""
 _ABANDON_TIMEOUT_S = 10.0
 _POLL_S = 0.1
 
@@ -89,8 +91,7 @@ def _engines(graphs: Sequence[Graph]) -> Iterator[tuple[Graph, str, EngineSpec, 
 
 
 def _wait(graphs: Sequence[Graph], app: str, progress: Progress | None) -> None:
-    started = time.monotonic()
-    had_room = started
+    began = started = had_room = time.monotonic()
     told: dict[str, tuple[int, int]] = {}
     while True:
         status = serve.status().applications.get(app)
@@ -110,7 +111,10 @@ def _wait(graphs: Sequence[Graph], app: str, progress: Progress | None) -> None:
                 raise _failure(graphs, status)
         cluster = get_cluster_status(ray.get_runtime_context().gcs_address)
         unplaced = _unplaced(graphs, app, cluster)
-        if unplaced is None or cluster.pending_launches or cluster.pending_nodes:  # a node that comes may have room
+        coming = bool(cluster.pending_launches or cluster.pending_nodes) and now - began < NODE_TIMEOUT_S
+        if coming:
+            started = had_room = now
+        elif unplaced is None:
             had_room = now
         elif now - had_room > PLACE_TIMEOUT_S:
             raise _short(*unplaced)

@@ -138,11 +138,18 @@ def _aggregator(spec: GraphSpec) -> Iterable[Problem]:
 def _of_a_plugin(name: str, options: Mapping[str, Any]) -> Iterable[Problem]:
     try:
         kind = aggregators.KINDS.find(name)
+        if not (isinstance(kind, type) and issubclass(kind, aggregators.Aggregator)):
+            yield Problem(
+                ("aggregator", "kind"), f"{name!r} is no subclass of {aggregators.Aggregator.__module__}.Aggregator"
+            )
+            return
         kind.model_validate(options)
     except SpecError as error:
         yield Problem(("aggregator", "kind"), error.message, error.hint)
     except ValidationError as error:
         yield from problems_of(error, kind, ("aggregator",))
+    except TypeError as error:  # it lacks a method
+        yield Problem(("aggregator", "kind"), str(error))
 
 
 def smallest_layer(calls: tuple[Call, ...], finals: tuple[str, ...], *, layered: bool) -> int:

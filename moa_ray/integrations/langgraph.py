@@ -75,7 +75,8 @@ def ask(model: ChatMoA, call: str, shown: Collection[str] = (), *, spare: bool =
 
     def request(state: dict[str, Any]) -> dict[str, Any]:
         texts = {name: text for name in shown if (text := state.get("texts", {}).get(name)) is not None}
-        return {"input": state["messages"], "call": call, "proposals": texts}
+        # The retries are the client's: a server that tried again, too, would multiply them.
+        return {"input": state["messages"], "call": call, "proposals": texts, "policy": {"retries": 0}}
 
     def said(message: AIMessage) -> dict[str, Any]:
         return {"messages": [message]} if call == ANSWER else {"texts": {call: str(message.text)}}

@@ -60,7 +60,7 @@ def step_by_step(graph: Graph) -> tuple[tuple[Step, ...], tuple[str, ...]]:
 def _lost(graph: Graph) -> Iterable[str]:
     gate, policy = graph.spec.gate, graph.spec.policy
     if gate.kind != "all":
-        yield f"gate.kind: {gate.kind}: nobody picks, so every agent of every layer is asked"
+        yield f"gate.kind: {gate.kind!r}: nobody picks, so every agent of every layer is asked"
     if policy.streaming != "barrier":
         yield f"policy.streaming: {policy.streaming}: a step sees whole texts only, so each waits for those before it"
     if policy.grace_s is not None:

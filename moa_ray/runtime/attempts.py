@@ -310,6 +310,7 @@ class _Asking:
         if attempt.ttft_s is None:
             attempt.ttft_s = self._clock() - attempt.started
         attempt.tokens += piece.tokens
+        attempt.received += 1
         self._tokens += piece.tokens
         self._text.append(piece.text)
         self._has_tool_calls |= bool(piece.tool_calls)
@@ -331,7 +332,9 @@ class _Asking:
         self._health[attempt.engine].succeeded(first_s)
         head = self._head(attempt)
         if self._stage.tokens is None:
-            self._journal.emit(AgentFinished(*head, text, usage, seconds, first_s, reason, last.prefill_s))
+            seen = attempt.received > 1 or last.ttft_s is not None  # else it came whole, and nobody knows since when
+            itl_s = (seconds - first_s) / (attempt.tokens - 1) if seen and attempt.tokens > 1 else None
+            self._journal.emit(AgentFinished(*head, text, usage, seconds, first_s, reason, last.prefill_s, itl_s))
         else:
             self._journal.emit(AgentPaused(*head, usage, seconds, first_s, last.prefill_s))
         logprob = None if self._logprob is None else self._logprob / max(1, self._tokens)

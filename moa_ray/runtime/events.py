@@ -176,7 +176,8 @@ class AgentFinished(AgentEvent):
     """The call is complete; `seconds` is from this attempt's start, `ttft_s` to its first token.
 
     `text` is the whole answer, `usage` this attempt's. `prefill_s`, where the engine knows it, is the part of `ttft_s`
-    in which the prompt was read; before it the call waited.
+    in which the prompt was read; before it the call waited. `itl_s` is the mean time between two tokens, where it could
+    be seen.
     """
 
     name = "agent.finished"
@@ -186,6 +187,7 @@ class AgentFinished(AgentEvent):
     ttft_s: float
     finish_reason: FinishReason
     prefill_s: float | None = None
+    itl_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

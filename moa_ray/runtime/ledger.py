@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -47,7 +47,7 @@ class CallRecord:
         started_s: Seconds from the run's start to the first attempt.
         seconds: From the first attempt's start to the end of the last, retries and pauses included.
         ttft_s: Seconds from the successful attempt's start to its first token; the first stage's.
-        itl_s: Mean seconds between the tokens of the successful attempt; of the last stage. None below two tokens.
+        itl_s: Mean seconds between the tokens of the successful attempt; of the last stage. None where it is not known.
         error: Why the last attempt failed, "" where it did not.
         dollars: What `usage` and `warmed` cost; None where no engine that was asked has a price.
     """
@@ -90,6 +90,7 @@ class Ledger:
         gate: What the gate said; None without one.
         used: Tokens of all attempts, and of prefilling ahead, by who used them.
         spent: The same in dollars, of engines that have a price.
+        repeats: How many `retries` followed a failure of theirs, `hedges` raced an attempt, and were `cancelled`.
         end: The run's last event, once it came.
     """
 
@@ -99,6 +100,7 @@ class Ledger:
         self.end: RunFinished | None = None
         self.used: defaultdict[Spender, Usage] = defaultdict(Usage)
         self.spent: defaultdict[Spender, float] = defaultdict(float)
+        self.repeats: Counter[tuple[Spender, str]] = Counter()
         self._prices: Mapping[str, Mapping[str, float]] = {}
         self._dollars: dict[str, float] = {}  # by call
         self._records: dict[str, CallRecord] = {}
@@ -135,15 +137,18 @@ class Ledger:
             case AgentStarted():
                 record = self._record(event)
                 record.warmed, record.stages = self._warmed[event.call, event.agent], event.stage
+                retries = event.attempt > 1 and not event.hedge
+                self.repeats[Spender(event.layer, event.agent, record.engine), "retries"] += retries  # who failed
+                self.repeats[Spender(event.layer, event.agent, event.engine), "hedges"] += event.hedge
                 record.engine, record.state, record.error = event.engine, "running", ""
                 record.dollars = self._dollars.get(event.call)
                 record.attempts += 1
                 record.hedges += event.hedge
-                record.retries += event.attempt > 1 and not event.hedge
+                record.retries += retries
                 self._flying.add((event.call, event.attempt))
             case AgentFinished():
                 record = self._end(event, event.usage, "finished")
-                record.engine, record.text, record.itl_s = event.engine, event.text, _itl_s(event)
+                record.engine, record.text, record.itl_s = event.engine, event.text, event.itl_s
                 record.ttft_s = event.ttft_s if record.stages == 1 else record.ttft_s
             case AgentPaused():
                 record = self._end(event, event.usage, "running")
@@ -152,6 +157,7 @@ class Ledger:
                 self._end(event, event.usage, "failed", event.message)
             case AgentCancelled():
                 self._end(event, event.usage, "cancelled", event.reason).cancelled += 1
+                self.repeats[Spender(event.layer, event.agent, event.engine), "cancelled"] += 1
             case _:
                 pass
 
@@ -181,11 +187,6 @@ class Ledger:
         if not any(call == event.call for call, _ in self._flying):
             record.state, record.error = state, error
         return record
-
-
-def _itl_s(event: AgentFinished) -> float | None:
-    gaps = event.usage.completion_tokens - 1
-    return None if gaps < 1 or event.ttft_s is None else (event.seconds - event.ttft_s) / gaps
 
 
 @dataclass(frozen=True, slots=True)

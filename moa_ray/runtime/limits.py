@@ -81,11 +81,14 @@ def answer_for(graph: Graph, agent: str | None) -> Call | None:
     return Call(ANSWER, agent, graph.depth + 1)
 
 
-def step_for(graph: Graph, name: str | None, proposals: Mapping[str, str]) -> tuple[tuple[Call, ...], Call | None]:
+def step_for(
+    graph: Graph, quorum: int, name: str | None, proposals: Mapping[str, str]
+) -> tuple[tuple[Call, ...], Call | None]:
     """One call of the graph alone, and those whose texts it is shown.
 
     Args:
         graph: The graph.
+        quorum: The request's.
         name: Id of the call; `answer` is the aggregator, whatever its kind.
         proposals: What it is shown, by the id of the call that wrote it.
 
@@ -112,6 +115,6 @@ def step_for(graph: Graph, name: str | None, proposals: Mapping[str, str]) -> tu
     required = {each for each in sees if graph.spec.agents[calls[each].agent].required}
     if missing := sorted(required - proposals.keys()):
         raise RequestError(f"proposals: {name} needs that of {', '.join(missing)}")
-    if len(given) < min(graph.spec.policy.quorum, len(sees)):
-        raise RequestError(f"proposals: {name} sees {len(sees)}, with a quorum of {graph.spec.policy.quorum}")
+    if len(given) < min(quorum, len(sees)):
+        raise RequestError(f"proposals: {name} sees {len(sees)}, with a quorum of {quorum}; {len(given)} are too few")
     return given, None if step is None else replace(step, inputs=tuple(call.id for call in given))

@@ -49,7 +49,7 @@ class RunMetrics:
         self._dollars = count("moa_ray_dollars", "Dollars, of engines that have a price.", _CALL)
         self._calls = count("moa_ray_calls", "Engine calls by end.", [*_CALL, "state"])
         self._repeats = count("moa_ray_repeats", "Retries, hedges, and attempts cut off.", [*_CALL, "kind"])
-        self._call_s = spread("moa_ray_call_seconds", "Duration of a call, its retries included.", _CALL, SECONDS)
+        self._call_s = spread("moa_ray_call_seconds", "Duration of a call, retries elsewhere included.", _CALL, SECONDS)
         self._call_ttft = spread("moa_ray_call_ttft_seconds", "Time to a call's first token.", _CALL, SECONDS)
         self._itl = spread("moa_ray_itl_seconds", "Mean inter-token latency of a call.", _CALL, _TOKEN_SECONDS)
         self._importance = count("moa_ray_gate_importance", "Sum of the gate's weights.", _GATE)
@@ -73,6 +73,8 @@ class RunMetrics:
             self._add_call(model, record)
         for by, usage in ledger.used.items():
             who = model, str(by.layer), by.agent, by.engine
+            for kind in ("retries", "hedges", "cancelled"):
+                self._repeats(ledger.repeats[by, kind], *who, kind)
             self._tokens(usage.prompt_tokens, *who, "prompt")
             self._tokens(usage.cached_tokens, *who, "cached")
             self._tokens(usage.completion_tokens, *who, "completion")
@@ -81,9 +83,7 @@ class RunMetrics:
 
     def _add_call(self, model: str, record: CallRecord) -> None:
         who = model, str(record.layer), record.agent, record.engine
-        self._calls(1, *who, record.state)
-        for kind in ("retries", "hedges", "cancelled"):
-            self._repeats(getattr(record, kind), *who, kind)
+        self._calls(1, *who, "left" if record.state == "running" else record.state)
         if record.state != "finished":
             return
         self._call_s(record.seconds, *who)

@@ -91,7 +91,7 @@ class Plan:
                 raise RequestError(
                     f"call: {options.agent} is asked alone, and one call of the graph; either of the two"
                 )
-            given, answer = limits.step_for(graph, options.call, options.proposals)
+            given, answer = limits.step_for(graph, policy.quorum, options.call, options.proposals)
             policy = policy.model_copy(update={"streaming": "barrier"})  # everything is there already
             return cls(graph, policy, tuple(messages), options, given, answer)
         answer = limits.answer_for(graph, options.agent)

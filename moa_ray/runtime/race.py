@@ -21,6 +21,7 @@ class Attempt:
         started: When, by the loop's clock.
         replica: Who answers; "" until it is known.
         tokens: Completion tokens received.
+        received: In so many pieces.
         ttft_s: Seconds to the first of them.
         chunks: What the engine sends.
     """
@@ -30,6 +31,7 @@ class Attempt:
     started: float
     replica: str = ""
     tokens: int = 0
+    received: int = 0
     ttft_s: float | None = None
     chunks: AsyncGenerator[Chunk, None] = field(init=False, repr=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 
 from moa_ray.engines.protocol import Engine
@@ -11,7 +11,7 @@ from moa_ray.gates import Gate
 from moa_ray.graph import Graph, Message, conversation
 from moa_ray.runtime.events import Event
 from moa_ray.runtime.health import Health
-from moa_ray.runtime.ledger import RunResult
+from moa_ray.runtime.ledger import Ledger, RunResult
 from moa_ray.runtime.plan import Plan, RunOptions
 from moa_ray.runtime.run import Run
 
@@ -39,12 +39,16 @@ class Runner:
         self.health = health if health is not None else Health()
 
     async def batches(
-        self, prompt: str | Iterable[Message], options: RunOptions | None = None
+        self,
+        prompt: str | Iterable[Message],
+        options: RunOptions | None = None,
+        ended: Callable[[Ledger], None] | None = None,
     ) -> AsyncGenerator[list[Event], None]:
         """Run one request, with events that come close together in one list.
 
         Text of the answer is passed on at once, all else a moment later. The last event of the last
-        list is always `run.finished`. Closing the iterator cancels every engine call of the run.
+        list is always `run.finished`. Closing the iterator cancels every engine call of the run. `ended` gets the
+        account of it all, also of what was cut off then, which no event is read of.
 
         Raises:
             RequestError: If the prompt is empty or malformed.
@@ -61,6 +65,8 @@ class Runner:
         finally:
             task.cancel()
             await asyncio.wait({task})
+            if ended is not None:
+                ended(run.journal.ledger)
 
     async def stream(
         self, prompt: str | Iterable[Message], options: RunOptions | None = None

@@ -147,12 +147,12 @@ class _Routes:
                             async for chunk in chunks:
                                 yield chunk
                         status = 200
-                        self._remember(body.model, messages, answer)
+                        self._remember(body, messages, answer)
                     else:
                         async for _ in batches:
                             pass
                         status = 200
-                        self._remember(body.model, messages, answer)
+                        self._remember(body, messages, answer)
                         yield answer.whole()
         except MoARayError as error:
             status = error.http_status
@@ -164,8 +164,10 @@ class _Routes:
             if traced:
                 traced.end(status)
 
-    def _remember(self, model: str, messages: list[Message], answer: Answer) -> None:
-        if self._settings.feedback and (kept := answered(answer.id, model, messages, answer.choices)):
+    def _remember(self, body: ChatRequest | ResponsesRequest, messages: list[Message], answer: Answer) -> None:
+        if self._settings.feedback is None or body.moa.call is not None:  # of one call alone no gate learns
+            return
+        if kept := answered(answer.id, body.model, messages, answer.choices):
             self._backend.remember(kept)
 
     async def feedback(self, body: FeedbackRequest) -> Response:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from moa_ray.engines import registry as engine_kinds
 from moa_ray.errors import RequestError, SpecError
@@ -117,6 +118,25 @@ def test_a_mistake_or_a_broken_plugin_is_told_with_its_line(old: str, new: str, 
         graph = loads(text.replace(old, new), file="parrots.yaml")
         engine_kinds.check(graph)
         gate_kinds.check(graph)
+
+
+class _Half(aggregators.Aggregator):
+    """Lacks what it is for."""
+
+
+@pytest.mark.parametrize(
+    ("made", "message"), [(len, "'joined' is no subclass of"), (_Half, "abstract")], ids=["function", "half"]
+)
+def test_an_aggregator_of_the_wrong_shape_is_told_with_its_line(
+    made: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aggregators.KINDS, "_built_in", {"joined": made})
+    monkeypatch.setattr(aggregators.KINDS, "_found", {})
+    text = (EXAMPLE / "parrots.yaml").read_text()
+    spec = yaml.safe_load(text) | {"aggregator": {"kind": "joined"}, "policy": {}, "gate": {"kind": "all"}}
+    with pytest.raises(SpecError, match=message) as told:
+        loads(yaml.safe_dump(spec), file="g.yaml")
+    assert "g.yaml:" in str(told.value) and "aggregator.kind" in str(told.value)
 
 
 @pytest.mark.usefixtures("here")

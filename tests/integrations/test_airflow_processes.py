@@ -29,7 +29,8 @@ from airflow.sdk import DAG
 from moa_ray.integrations.airflow import MoAOperator
 
 with DAG("slow", schedule=None):
-    MoAOperator(task_id="ask", question="why?", model="slow", server={server!r}, execution_timeout=timedelta(seconds=5))
+    MoAOperator(task_id="ask", question="why?", model="slow", server={server!r},
+                execution_timeout=timedelta(seconds=30))
 """
 
 
@@ -53,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Airflow, S
             airflow.start("dag-processor")
             airflow.start("scheduler", "--skip-serve-logs")
             airflow.start("triggerer", "--skip-serve-logs")
-            until(lambda: len(airflow.dag_ids()) == len(graphs))
+            until(lambda: len(airflow.dag_ids()) == len(graphs), within_s=120)
             yield airflow, served
         finally:
             airflow.close()
@@ -74,10 +75,10 @@ def test_a_call_that_is_cut_off_with_its_triggerer_is_made_again_and_no_other(wh
     airflow, served = whole
     engine = served.engines["killed"]
     done = airflow.trigger("killed", QUESTION)
-    until(lambda: airflow.tasks(done, "state").get("2/c") == "success" and engine.active == 1)
+    until(lambda: airflow.tasks(done, "state").get("2/c") == "success" and engine.active == 1, within_s=120)
     assert served.asked("killed") == ["a", "a", "b", "b", "c"]
     airflow.kill("triggerer", signal.SIGKILL)
-    until(lambda: engine.active == 0)
+    until(lambda: engine.active == 0, within_s=120)
     airflow.start("triggerer", "--skip-serve-logs")
     assert airflow.ended(done) == "success"
     assert served.asked("killed") == ["a", "a", "b", "b", "b", "c", "chief"]
@@ -101,10 +102,10 @@ def test_a_failed_task_that_is_cleared_asks_for_itself_alone(whole: tuple[Airflo
 def test_waiting_agents_hold_no_worker_slot_and_a_time_out_stops_them(whole: tuple[Airflow, Served]) -> None:
     airflow, served = whole
     hanging = airflow.trigger("slow", QUESTION)
-    until(lambda: served.engines["slow"].active > 0)
+    until(lambda: served.engines["slow"].active > 0, within_s=120)
     assert airflow.get(f"{hanging}/taskInstances/ask")["state"] == "deferred"
     assert airflow.ended(hanging) == "failed"
-    until(lambda: served.engines["slow"].active == 0)
+    until(lambda: served.engines["slow"].active == 0, within_s=120)
 
 
 def test_the_command_line_lists_the_provider(whole: tuple[Airflow, Served]) -> None:

@@ -157,7 +157,7 @@ _STRICT = {"policy": {"quorum": 2, "retries": 0}}
 @pytest.mark.parametrize("failing", ["a2", "chief"])
 def test_a_run_that_failed_goes_on_with_what_is_missing(failing: str) -> None:
     fault = {"kind": "refused", "agent": failing, "times": 1}
-    with serving(2, spec=_STRICT, faults=[fault], ttft_s=0.2, slowdown={"a1": 0.0}) as served:
+    with serving(2, spec=_STRICT, faults=[fault], ttft_s=2.0, slowdown={"a1": 0.0}) as served:
         graph = _moa_graph(served, checkpointer=InMemorySaver())
         with pytest.raises(MoARayError):
             graph.invoke(ASKED, _thread())
@@ -178,6 +178,13 @@ def test_an_agent_that_a_quorum_can_do_without_is_left_out() -> None:
         with pytest.raises((EngineRefused, QuorumNotMet)):
             _moa_graph(served).invoke(ASKED)
         assert "chief" not in _by_agent(served)
+
+
+def test_the_graphs_retries_are_not_multiplied() -> None:
+    fault = {"kind": "unavailable", "agent": "a1"}
+    with serving(2, spec={"policy": {"quorum": 1, "retries": 2}}, faults=[fault]) as served:
+        _moa_graph(served).invoke(ASKED)
+        assert _by_agent(served) == {"a1": 1 + 2, "a2": 1, "chief": 1}
 
 
 def test_a_server_that_is_away_leaves_nobody_out() -> None:

@@ -111,7 +111,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 return False
 
         try:
-            until(answers)
+            until(answers, within_s=120)
             yield url
             EventsWorker.drain_all()  # what this process has to tell it
         finally:
@@ -299,7 +299,7 @@ def test_a_flow_that_was_killed_goes_on_without_asking_again_whom_it_has(storage
             subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log) as first,
         ):
             try:
-                until(lambda: len(served.asked()) == 4 and _kept(storage) == 3)
+                until(lambda: len(served.asked()) == 4 and _kept(storage) == 3, within_s=120)
                 assert first.poll() is None and sorted(served.asked()) == ["a1", "a1", "a2", "a2"]
             finally:
                 first.kill()

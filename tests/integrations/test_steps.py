@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import ast
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,16 @@ def test_what_steps_cannot_express_is_told() -> None:
         "policy.grace_s",
         "policy.deadline_s",
     ]
+
+
+@pytest.mark.parametrize("engine", ["airflow", "langgraph", "prefect"])
+def test_nothing_in_a_graph_becomes_code_of_its_file(engine: str) -> None:
+    attack = "x\nraise SystemExit\n#"
+    graph = panel(2)[0].graph
+    gate = graph.spec.gate.model_copy(update={"kind": attack})
+    graph = replace(graph, spec=graph.spec.model_copy(update={"gate": gate}))
+    text = import_module(f"moa_ray.integrations.{engine}").source(graph, "http://127.0.0.1:8000/v1")
+    assert "gate.kind" in text and "SystemExit" not in ast.unparse(ast.parse(text))
 
 
 @pytest.mark.parametrize("layers", [(3,), (2, 1)])

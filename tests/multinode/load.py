@@ -104,7 +104,7 @@ class Load:
     def goes_on(self, answers: int = 20) -> None:
         """Wait until so many more whole answers have come; bounded."""
         wanted = self.found["whole"] + answers
-        until(lambda: self.found["whole"] >= wanted)
+        until(lambda: self.found["whole"] >= wanted, within_s=120)
 
     def lost_nothing(self, what: str) -> None:
         """Every answer was whole, whatever happened meanwhile; how long callers waited is printed."""

@@ -62,7 +62,7 @@ def deploy(graph: Graph, head: Machine, beside: Machine, folder: Path) -> str:
         except httpx2.HTTPError:
             return False
 
-    until(ready)
+    until(ready, within_s=120)
     return url
 
 
@@ -70,17 +70,17 @@ def test_no_request_is_lost_while_the_heads_machine_is_dead_and_comes_back(folde
     storage = redis(OURS, 6379, folder)
     with machines(3, RAY_REDIS_ADDRESS=f"{OURS}:6379") as (head, one, two), storage:
         head.start_ray(folder, *HEAD)
-        until(lambda: nodes(head) == 1)
+        until(lambda: nodes(head) == 1, within_s=120)
         for worker in (one, two):
             worker.start_ray(folder, f"--address={head.address}:{GCS_PORT}", "--num-cpus=4")
-        until(lambda: nodes(head) == 3)
+        until(lambda: nodes(head) == 3, within_s=120)
         twice = {"replicas": 2, "resources": {"num_cpus": 1}}
         with Load(deploy(panel(dict.fromkeys(("a", "b", "chief"), twice)), head, one, tmp_path)) as load:
             load.goes_on()
             head.kill()
             load.goes_on(80)
             head.start_ray(folder, *HEAD)
-            until(lambda: nodes(head) > 0)
+            until(lambda: nodes(head) > 0, within_s=120)
             load.goes_on(40)
             one.run(*COMMAND, "scale", "panel", "a=3", "--address", f"{head.address}:{GCS_PORT}")
             load.goes_on()
@@ -122,13 +122,13 @@ def test_machines_come_and_go_with_the_load(folder: str, tmp_path: Path) -> None
     graph = panel({"a": {"resources": {"custom": {"room": 1}}, "replicas": scaling}})
     with machines(1, **environment) as (head,):
         head.start_ray(folder, *HEAD, f"--autoscaling-config={tmp_path / 'autoscaler.json'}")
-        until(lambda: nodes(head) == 1)
+        until(lambda: nodes(head) == 1, within_s=120)
         # The nodes that come have the head's address: of several proxies, the kernel would choose.
         address = f"--address={head.address}:{GCS_PORT}"
         head.run(SERVE, "start", address, "--proxy-location=HeadOnly", "--http-host=0.0.0.0")
         with Load(deploy(graph, head, head, tmp_path)) as load:
             assert nodes(head) == 2
-            until(lambda: nodes(head) == 4)
+            until(lambda: nodes(head) == 4, within_s=120)
             load.goes_on()
-        until(lambda: nodes(head) == 2)
+        until(lambda: nodes(head) == 2, within_s=120)
     load.lost_nothing("nodes came and went with the load")

@@ -100,7 +100,7 @@ def test_a_node_that_joins_is_used_and_when_it_dies_under_load_no_request_is_los
             load.goes_on(60)
             third = cluster.add_node(num_cpus=0, resources={"room": 3})
             both = sorted([first.node_id, third.node_id])
-            until(lambda: [homes(name) for name in ENGINES] == [both] * 3)
+            until(lambda: [homes(name) for name in ENGINES] == [both] * 3, within_s=120)
             load.goes_on()
     load.lost_nothing("a node joined, died, and was replaced")
 
@@ -111,10 +111,10 @@ def test_replicas_follow_the_load_up_and_down(cluster: Cluster) -> None:
     scaling = {"min": 1, "max": 2, "target_ongoing_requests": 1, "upscale_delay_s": 1, "downscale_delay_s": 1}
     with up(each_in_the_room(scaling)) as url:
         with Load(url) as load:
-            until(lambda: min(len(homes(name)) for name in ENGINES) == 2)
+            until(lambda: min(len(homes(name)) for name in ENGINES) == 2, within_s=120)
             load.goes_on()
             assert {node for name in ENGINES for node in homes(name)} == {n.node_id for n in cluster.worker_nodes}
-        until(lambda: max(len(homes(name)) for name in ENGINES) == 1)
+        until(lambda: max(len(homes(name)) for name in ENGINES) == 1, within_s=120)
     load.lost_nothing("replicas came and went with the load")
 
 

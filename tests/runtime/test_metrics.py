@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 import pytest
 
-from moa_ray.runtime import Ledger, RunMetrics, Runner, RunOptions
+from moa_ray.engines import Chunk, EngineRequest, Scripted, ScriptedOptions, Usage
+from moa_ray.engines.scripted import Fault
+from moa_ray.graph import from_dict
+from moa_ray.runtime import AgentDelta, Ledger, RunMetrics, Runner, RunOptions
 from moa_ray.runtime.metrics import Add
 from tests.runtime.panels import panel
 
@@ -28,6 +32,45 @@ class Kept:
 
     def sum(self, name: str, *labels: str) -> float:
         return sum(self.told["moa_ray_" + name, *labels])
+
+
+async def test_what_failed_is_told_of_the_engine_that_failed_and_not_of_the_one_that_stood_in() -> None:
+    engines = {"weak": {"kind": "scripted", "model": "m"}, "firm": {"kind": "scripted", "model": "m"}}
+    agents = {"a": {"engine": "weak", "fallbacks": ["firm"]}, "chief": {"engine": "firm"}}
+    spec = {"version": 1, "name": "g", "engines": engines, "agents": agents, "layers": [["a"]], "aggregator": "chief"}
+    fault = Fault(agent="a")
+    running = {"weak": Scripted(ScriptedOptions(faults=(fault,))), "firm": Scripted(ScriptedOptions())}
+    kept, _ = await told_of(Runner(from_dict({**spec, "policy": {"retries": 1}}), running))
+    assert kept.sum("repeats", "m", "1", "a", "weak", "retries") == 2
+    assert kept.sum("repeats", "m", "1", "a", "firm", "retries") == 0
+    assert kept.sum("calls", "m", "1", "a", "firm", "finished") == 1
+
+
+async def test_what_is_cut_off_when_the_caller_leaves_is_in_the_account() -> None:
+    run, _ = panel(2, itl_s=0.005, reply_tokens=1000, price={"prompt": 0, "completion": 1})
+    kept = Kept()
+    options = RunOptions(draft_flush_s=0)
+    batches = run.batches("why?", options, lambda ledger: RunMetrics(kept).add("m", ledger))
+    async with aclosing(batches):
+        async for batch in batches:
+            if any(isinstance(event, AgentDelta) and event.agent == "a2" for event in batch):
+                break
+    assert kept.sum("runs", "m", "left") == 1
+    assert kept.sum("calls", "m", "1", "a1", "script", "cancelled") == 1
+    assert kept.sum("tokens", "m", "1", "a2", "script", "completion") > 0
+    assert kept.sum("dollars", "m", "1", "a2", "script") > 0
+
+
+async def test_an_answer_that_came_whole_has_no_inter_token_latency() -> None:
+    class Whole(Scripted):
+        async def stream(self, request: EngineRequest) -> AsyncGenerator[Chunk, None]:
+            yield Chunk("all at once", tokens=3)
+            yield Chunk(finish_reason="stop", usage=Usage(5, 3))
+
+    run, _ = panel(1)
+    kept, ledger = await told_of(Runner(run.graph, {"script": Whole(ScriptedOptions())}))
+    assert [record.itl_s for record in ledger.records] == [None, None]
+    assert not any(key[0] == "moa_ray_itl_seconds" for key in kept.told)
 
 
 async def told_of(run: Runner, options: RunOptions | None = None, *, leaves: bool = False) -> tuple[Kept, Ledger]:

@@ -88,6 +88,15 @@ async def test_a_step_may_be_shown_what_a_quorum_leaves() -> None:
     assert len(engine.calls) == 1
 
 
+async def test_the_quorum_of_a_step_is_the_requests_own() -> None:
+    run, engine = panel(3, spec={"policy": {"quorum": 2}})
+    one = {"1/a1": "one"}
+    await run.run("why?", RunOptions(call="answer", proposals=one, policy={"quorum": 1}))
+    with pytest.raises(RequestError, match=r"answer sees 3, with a quorum of 3; 2 are too few"):
+        await run.run("why?", RunOptions(call="answer", proposals=one | {"1/a2": "two"}, policy={"quorum": 3}))
+    assert len(engine.calls) == 1
+
+
 async def test_a_step_of_a_gated_graph_asks_no_gate() -> None:
     run, engine = panel(3, spec={"gate": {"kind": "random", "k": 1}})
     await run.run("why?", RunOptions(call="1/a3"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2
@@ -23,6 +23,17 @@ def served() -> Iterator[Served]:
 
 def _get(served: Served, path: str) -> httpx2.Response:
     return httpx2.get(served.url + path)
+
+
+def _totals(served: Served) -> Callable[..., float]:
+    """What the metrics tell now: the sum of a metric over all labels but those given."""
+    families = text_string_to_metric_families(_get(served, "/metrics").text)
+    samples = [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
+
+    def total(name: str, **labels: str) -> float:
+        return sum(value for each, own, value in samples if each == name and labels.items() <= own.items())
+
+    return total
 
 
 def test_every_graph_and_every_agent_is_a_model(served: Served) -> None:
@@ -52,14 +63,14 @@ def test_metrics_count_requests_calls_and_tokens() -> None:
         body = {"model": "panel", "messages": [{"role": "user", "content": "why?"}]}
         for wanted in (body, {**body, "stream": True}, {**body, "moa": {"k": 9, "policy": {"quorum": 9}}}):
             httpx2.post(f"{served.url}/v1/chat/completions", json=wanted)
-        families = text_string_to_metric_families(_get(served, "/metrics").text)
-        samples = {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
-    assert samples["moa_ray_requests_total", "200", "panel"] == 2
-    assert samples["moa_ray_requests_total", "400", "panel"] == 1
-    assert samples["moa_ray_calls_total", "a1", "finished", "panel"] == 2
-    assert samples["moa_ray_tokens_total", "chief", "completion", "panel"] == 4
-    assert samples["moa_ray_ttft_seconds_count", "panel"] == 2
-    assert samples["moa_ray_requests_running",] == 0
+        total = _totals(served)
+    assert total("moa_ray_requests_total", model="panel", status="200") == 2
+    assert total("moa_ray_requests_total", model="panel", status="400") == 1
+    assert total("moa_ray_runs_total", model="panel", state="finished") == 2
+    assert total("moa_ray_calls_total", agent="a1", state="finished", model="panel", layer="1", engine="script") == 2
+    assert total("moa_ray_tokens_total", agent="chief", kind="completion", model="panel", layer="2") == 4
+    assert total("moa_ray_ttft_seconds_count", model="panel") == 2
+    assert total("moa_ray_requests_running") == 0
 
 
 def test_metrics_and_the_account_of_the_answers_agree_where_calls_fail() -> None:
@@ -67,19 +78,16 @@ def test_metrics_and_the_account_of_the_answers_agree_where_calls_fail() -> None
     with serving(2, reply="one two three", faults=faults) as served:
         body = {"model": "panel", "messages": [{"role": "user", "content": "why?"}]}
         answers = [httpx2.post(f"{served.url}/v1/chat/completions", json=body).json() for _ in range(3)]
-        families = text_string_to_metric_families(_get(served, "/metrics").text)
-        samples = {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+        total = _totals(served)
     rows = [row for answer in answers for row in answer["moa"]["agents"]]
     for agent in ("a1", "a2", "chief"):
         own = [row for row in rows if row["agent"] == agent]
         for kind in ("prompt", "completion", "cached"):
-            assert samples["moa_ray_tokens_total", *sorted((agent, kind, "panel"))] == sum(
-                row[f"{kind}_tokens"] for row in own
-            )
-        assert samples["moa_ray_calls_total", agent, "finished", "panel"] == len(own)
-        assert samples["moa_ray_repeats_total", *sorted((agent, "panel", "retries"))] == sum(
-            row["attempts"] - 1 for row in own
-        )
+            told = total("moa_ray_tokens_total", agent=agent, kind=kind, model="panel")
+            assert told == sum(row[f"{kind}_tokens"] for row in own)
+        assert total("moa_ray_calls_total", agent=agent, state="finished", model="panel") == len(own)
+        retries = sum(row["attempts"] - 1 for row in own)
+        assert total("moa_ray_repeats_total", agent=agent, model="panel", kind="retries") == retries
     assert sum(row["attempts"] - 1 for row in rows) == 2
 
 
@@ -97,11 +105,7 @@ def test_metrics_and_the_account_agree_on_hedges_cut_calls_and_prefill_ahead(str
             answer = httpx2.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
             events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
             ends.append(json.loads(events[-1] if stream else answer.text))
-        families = text_string_to_metric_families(_get(served, "/metrics").text)
-        samples = [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
-
-    def total(name: str, **labels: str) -> float:
-        return sum(value for each, own, value in samples if each == name and labels.items() <= own.items())
+        total = _totals(served)
 
     rows = [row for end in ends for row in end["moa"]["agents"]]
     for kind, field in (("prompt", "prompt_tokens"), ("completion", "completion_tokens")):

@@ -67,7 +67,7 @@ class MoAOperator(BaseOperator):  # type: ignore[misc]
             AirflowException: Where one may.
         """
         asked: dict[str, Any] = {"model": self.model}
-        if self.call:
+        if self.call or self.proposals:
             # The retries are the task's: a server that tried again, too, would multiply them.
             asked |= {"call": self.call, "proposals": gathered(self.proposals), "policy": {"retries": 0}}
         if self.deferrable:

@@ -11,10 +11,18 @@ from hashlib import blake2b
 from moa_ray.graph import Graph
 from moa_ray.integrations.steps import Step, step_by_step
 
+_SAYS_NOTHING = ("replicas", "max_ongoing_requests", "resources", "price")
+"""Keys of an engine that change no answer."""
+
 
 def version(graph: Graph) -> str:
-    """What changes with the graph: answers are kept for one version of it. Secrets do not count."""
-    return blake2b(graph.spec.model_dump_json().encode(), digest_size=8).hexdigest()
+    """What changes with what a graph says: answers are kept for one version of it. Secrets do not count."""
+    spec = graph.spec.model_dump(mode="json", exclude={"description", "limits"})
+    own = (agent["engine"] for agent in spec["agents"].values())
+    for engine in [*spec["engines"].values(), *(each for each in own if isinstance(each, dict))]:
+        for key in _SAYS_NOTHING:
+            engine.pop(key)
+    return blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def source(graph: Graph, server: str) -> str:
@@ -31,7 +39,7 @@ def source(graph: Graph, server: str) -> str:
         function += "_"
     return _FILE.format(
         name=spec.name,
-        lost="\n".join(f"# - {' '.join(line.split())}" for line in lost),
+        lost="\n".join(f"# - {line}" for line in lost),
         server=json.dumps(server),
         version=version(graph),
         function=function,
