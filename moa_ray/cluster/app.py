@@ -170,7 +170,6 @@ def build(graphs: Sequence[Graph], http: Http | None = None) -> Application:
         version=_hash(sorted(routers), http.settings),
         num_replicas=http.replicas,
         max_ongoing_requests=_UNBOUNDED,
-        ray_actor_options=_off_the_head(),
         **_patience(graphs),
     )
     return gateway.bind(http, routers, _feedback(http))
@@ -184,7 +183,6 @@ def _feedback(http: Http) -> Application | None:
         FEEDBACK,
         version=_hash(http.feedback),
         max_ongoing_requests=_UNBOUNDED,
-        ray_actor_options=_off_the_head(),
     )
     return deployment.bind(http.feedback)
 
@@ -198,7 +196,6 @@ def _router(graph: Graph) -> Application:
         version=_hash([_content(spec) for _, spec in sorted(graph.engines.items())], sorted(engines), gate is None),
         user_config={"spec": graph.spec.model_dump(mode="json")},
         max_ongoing_requests=_UNBOUNDED,
-        ray_actor_options=_off_the_head(),
         **_patience([graph]),
     )
     return router.bind(graph, engines, gate)
@@ -213,7 +210,6 @@ def _gate(graph: Graph) -> Application | None:
         gate_of(spec.name),
         version=_hash(spec.gate, list(spec.agents), spec.layers),
         max_ongoing_requests=_UNBOUNDED,
-        ray_actor_options=_off_the_head(),
     )
     return deployment.bind(graph)
 
@@ -244,14 +240,16 @@ def _engine(graph: Graph, name: str, spec: EngineSpec) -> Application:
 
 
 def _deployment(cls: type, name: str, *, version: str, **options: Any) -> serve.Deployment:
+    """A deployment; one of which it is not said what it takes, takes nothing, and is kept off the head."""
+    if "ray_actor_options" not in options:
+        options["ray_actor_options"] = _off_the_head()
     # Serve would give each deploy a random version, and so restart everything at each.
     return serve.deployment(cls, name=name, **options).options(version=version, _internal=True)
 
 
 def _placed(spec: EngineSpec) -> dict[str, Any]:
     placed = placement(spec)
-    takes = "placement_group_bundles" in placed or demand_of(placed["ray_actor_options"])
-    return placed if takes else {"ray_actor_options": _off_the_head()}
+    return placed if "placement_group_bundles" in placed or demand_of(placed["ray_actor_options"]) else {}
 
 
 def _off_the_head() -> dict[str, Any]:

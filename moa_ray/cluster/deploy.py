@@ -11,12 +11,11 @@ from typing import Any
 import ray
 from ray import serve
 from ray.autoscaler.v2.schema import ClusterStatus
-from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.serve.schema import ApplicationStatus
 
 from moa_ray.cluster.app import build, demand_of, deployment_of, placement
 from moa_ray.cluster.gateway import Http
-from moa_ray.cluster.session import details_of
+from moa_ray.cluster.session import cluster_status, details_of
 from moa_ray.errors import ClusterError, ResourcesShort
 from moa_ray.graph import EngineSpec, Graph
 
@@ -109,7 +108,7 @@ def _wait(graphs: Sequence[Graph], app: str, progress: Progress | None) -> None:
                 return
             if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise _failure(graphs, status)
-        cluster = get_cluster_status(ray.get_runtime_context().gcs_address)
+        cluster = cluster_status()
         unplaced = _unplaced(graphs, app, cluster)
         coming = bool(cluster.pending_launches or cluster.pending_nodes) and now - began < NODE_TIMEOUT_S
         if coming:

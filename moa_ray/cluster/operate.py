@@ -21,7 +21,7 @@ from moa_ray.cluster.session import details_of, serve_details
 from moa_ray.engines import registry
 from moa_ray.errors import ClusterError, MoARayError, RequestError
 from moa_ray.graph import EngineSpec, Graph
-from moa_ray.graph.source import did_you_mean
+from moa_ray.graph.source import did_you_mean, which
 from moa_ray.graph.spec import Autoscaling
 from moa_ray.runtime import EngineLoad, GateLoad
 
@@ -214,7 +214,7 @@ def _details(app: str) -> dict[str, Any]:
             return details
         raise RequestError(f"the application {app!r} is not one of moa-ray's, or is being taken down")
     known = [name for name, details in serve_details()["applications"].items() if _graphs(details)]
-    hint = did_you_mean(app, known) or f"there are: {', '.join(known) or 'none'}"
+    hint = which(app, known)
     raise RequestError(f"there is no application {app!r}", hint=hint)
 
 

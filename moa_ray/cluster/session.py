@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import ray
 from ray import serve
+from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from moa_ray.errors import ClusterError, SpecError
@@ -98,8 +99,7 @@ class Session:
     @property
     def grows(self) -> bool:
         """Whether the cluster may get nodes by itself: Ray's autoscaler (v2, as with `ray up` and KubeRay) runs."""
-        stats = get_cluster_status(ray.get_runtime_context().gcs_address).stats
-        return stats.autoscaler_version not in (None, "0")
+        return cluster_status().stats.autoscaler_version not in (None, "0")
 
     def close(self) -> None:
         """Leave the cluster, and stop what this session started: the cluster, or Serve. Safe to call twice."""
@@ -250,3 +250,8 @@ def _quiet() -> None:
     if os.environ.get("MOA_RAY_LOG") != "debug":
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def cluster_status() -> ClusterStatus:
+    """What Ray's autoscaler knows of the cluster that is joined."""
+    return get_cluster_status(ray.get_runtime_context().gcs_address)

@@ -18,7 +18,7 @@ from moa_ray.errors import ModelNotFound, RequestError, ServerUnreachable
 from moa_ray.evaluate.load import Sample, arrivals, closed_loop, open_loop
 from moa_ray.evaluate.prompts import from_file, made_up
 from moa_ray.graph import Message
-from moa_ray.graph.source import did_you_mean
+from moa_ray.graph.source import which
 
 KEY = "OPENAI_API_KEY"
 _LOOK_TIMEOUT_S = 10.0
@@ -112,7 +112,7 @@ def find_model(load: Load) -> str:
         hint = f"give the base URL, such as http://127.0.0.1:8000/v1, or a --model; set {KEY} if it wants a key"
         raise RequestError(f"{load.url} lists no models (HTTP {response.status_code})", hint=hint)
     if load.model and known and load.model not in known:
-        hint = did_you_mean(load.model, known) or f"there are: {', '.join(known)}"
+        hint = which(load.model, known)
         raise ModelNotFound(f"{load.url} has no model {load.model!r}", hint=hint)
     return load.model or known[0]
 

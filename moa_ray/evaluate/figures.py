@@ -10,7 +10,7 @@ from typing import Any
 
 from moa_ray.errors import RequestError
 from moa_ray.evaluate.load import Sample
-from moa_ray.graph.source import did_you_mean
+from moa_ray.graph.source import which
 
 _TIMES = ("ttft", "tpot", "itl", "e2el")
 _PERCENTILES = (50, 95, 99)
@@ -37,7 +37,7 @@ class Objectives:
         for text in texts:
             name, colon, number = text.partition(":")
             if name not in ("ttft", "tpot", "e2el"):
-                hint = did_you_mean(name, ("ttft", "tpot", "e2el")) or "there are: ttft, tpot, e2el"
+                hint = which(name, ("ttft", "tpot", "e2el"))
                 raise RequestError(f"--goodput {text!r}: nothing is called {name!r}", hint=hint)
             try:
                 most[name] = float(number)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moa_ray.errors import SpecError
 from moa_ray.gates.protocol import Answer, Choice, Question
 from moa_ray.graph import Graph, Message, agreement
-from moa_ray.graph.source import did_you_mean
+from moa_ray.graph.source import which
 
 _PICK = (
     "Who should answer the message above? Reply with the numbers of the {few} who know most about it, best first, "
@@ -63,7 +63,7 @@ class Llm:
         _agent(graph)
         for name in LlmOptions.model_validate(options).about:
             if name not in graph.spec.agents:
-                hint = did_you_mean(name, graph.spec.agents) or f"there are: {', '.join(graph.spec.agents)}"
+                hint = which(name, graph.spec.agents)
                 raise SpecError(f"about: there is no agent {name!r}", hint=hint)
 
     @classmethod

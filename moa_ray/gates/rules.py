@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 from moa_ray.errors import SpecError
 from moa_ray.gates.protocol import Choice, Question
 from moa_ray.graph import Graph, Message
-from moa_ray.graph.source import did_you_mean
+from moa_ray.graph.source import which
 
 _CODE = re.compile(r"```|^\s*(def|class|import|from|#include|public|func|SELECT|\$)\b.*|[;{}]\s*$", re.MULTILINE)
 
@@ -84,7 +84,7 @@ class Rules:
         for where, names in [*named, ("otherwise", checked.otherwise)]:
             for name in names:
                 if name not in proposers:
-                    hint = did_you_mean(name, proposers) or f"there are: {', '.join(sorted(proposers))}"
+                    hint = which(name, sorted(proposers))
                     raise SpecError(f"{where}: no layer has an agent {name!r}", hint=hint)
 
     @classmethod

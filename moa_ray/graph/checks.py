@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from moa_ray.errors import SpecError
 from moa_ray.graph import aggregators, agreement
-from moa_ray.graph.source import Path, Problem, did_you_mean, problems_of
+from moa_ray.graph.source import Path, Problem, problems_of, which
 from moa_ray.graph.spec import (
     ANSWER,
     RANK,
@@ -84,10 +84,7 @@ def _inputs(spec: GraphSpec, name: str, node: Node) -> Iterable[Problem]:
 
 
 def _dangling(path: Path, what: str, name: str, known: Iterable[str]) -> Problem:
-    names = sorted(known)
-    return Problem(
-        path, f"there is no {what} {name!r}", did_you_mean(name, names) or f"there are: {', '.join(names) or 'none'}"
-    )
+    return Problem(path, f"there is no {what} {name!r}", which(name, sorted(known)))
 
 
 def _mentions(spec: GraphSpec) -> Iterable[tuple[Path, str]]:

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar, cast
 
 from moa_ray.errors import SpecError
-from moa_ray.graph.source import did_you_mean
+from moa_ray.graph.source import which
 
 GROUPS = ("moa_ray.engines", "moa_ray.gates", "moa_ray.aggregators", "moa_ray.scorers", "moa_ray.agreement")
 """The entry point groups, one for each sort of plug-in."""
@@ -55,7 +55,7 @@ class Plugins(Generic[T]):
                 message = f"the {self._sort} {name!r} ({point.value}) cannot be loaded: {_reason(error)}"
                 raise SpecError(message) from error
         if name not in self._built_in:
-            hint = did_you_mean(name, self.names()) or f"there are: {', '.join(self.names()) or 'none'}"
+            hint = which(name, self.names())
             raise SpecError(f"there is no {self._sort} {name!r}", hint=hint)
         found = self._built_in[name]
         if not isinstance(found, str):

@@ -81,6 +81,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+def which(word: str, known: Iterable[str]) -> str:
+    """A hint that names what was probably meant, or else all that there is."""
+    names = list(known)
+    return did_you_mean(word, names) or f"there are: {', '.join(names) or 'none'}"
+
+
 def problems_of(error: ValidationError, model: type[BaseModel], path: Path = ()) -> list[Problem]:
     """Pydantic's findings, in words that need no knowledge of pydantic."""
     return [_problem(finding, model, path) for finding in error.errors(include_url=False, include_context=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import Field, SecretStr
 
 from moa_ray.client import Answer, AsyncClient, Client, Delta, Draft, Event, Finished
+from moa_ray.integrations.asking import api_key
 from moa_ray.integrations.needs import need
 
 need("langchain_core", "langchain-core", "1.8", "langgraph")
@@ -27,7 +27,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 
 
 def _key() -> SecretStr | None:
-    key = os.environ.get("MOA_RAY_API_KEY")
+    key = api_key()
     return SecretStr(key) if key else None
 
 

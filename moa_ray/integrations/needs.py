@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
+from typing import Any
 
 from moa_ray.errors import MoARayError
 
@@ -32,6 +34,24 @@ def need(module: str, package: str, at_least: str, extra: str) -> ModuleType:
     if _numbers(version(package)) < _numbers(at_least):
         raise MoARayError(f"{package} {at_least} or newer is needed, and {version(package)} is installed", hint=hint)
     return found
+
+
+def lazily(package: str, homes: Mapping[str, str], *engine: str) -> Callable[[str], Any]:
+    """A package's `__getattr__`: its names are there once their module, which imports the engine, is asked for.
+
+    Args:
+        package: The package's `__name__`.
+        homes: The module of each name.
+        engine: What `need` takes.
+    """
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        need(*engine)
+        return getattr(import_module(f"{package}.{homes[name]}"), name)
+
+    return find
 
 
 def _numbers(text: str) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from uuid import uuid4
 
 from moa_ray.client import AsyncClient
 from moa_ray.errors import MoARayError, RequestError, SpecError
+from moa_ray.integrations.asking import api_key
 from moa_ray.integrations.needs import need
 
 need("pyarrow", "pyarrow", "17.0", "ray-data")  # without it `ray.data` says less
@@ -52,7 +52,7 @@ class MoAProcessor:
     """
 
     def __init__(self, server: str, model: str, *, requests: int = 8, answers: str | None = None, **asked: Any) -> None:
-        self._client = AsyncClient(server, api_key=os.environ.get("MOA_RAY_API_KEY"), model=model)
+        self._client = AsyncClient(server, api_key=api_key(), model=model)
         self._what = (model, asked)
         self._asked = asked
         self._turn = asyncio.Semaphore(requests)

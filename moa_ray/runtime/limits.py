@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from moa_ray.errors import ModelNotFound, RequestError
 from moa_ray.graph import ANSWER, Call, Graph, Policy
 from moa_ray.graph.checks import smallest_layer
-from moa_ray.graph.source import did_you_mean, dotted, problems_of
+from moa_ray.graph.source import dotted, problems_of, which
 
 
 def policy_for(graph: Graph, wanted: Mapping[str, Any]) -> Policy:
@@ -76,7 +76,7 @@ def answer_for(graph: Graph, agent: str | None) -> Call | None:
         return graph.answer
     if agent not in graph.spec.agents:
         known = graph.spec.agents
-        hint = did_you_mean(agent, known) or f"there are: {', '.join(known)}"
+        hint = which(agent, known)
         raise ModelNotFound(f"{graph.spec.name} has no agent {agent!r}", hint=hint)
     return Call(ANSWER, agent, graph.depth + 1)
 
@@ -103,7 +103,7 @@ def step_for(
     if name is None:
         raise RequestError("proposals: for which call?", hint=f"say call: one of {', '.join(steps)}")
     if name not in steps:
-        hint = did_you_mean(name, steps) or f"there are: {', '.join(steps)}"
+        hint = which(name, steps)
         raise RequestError(f"call: {graph.spec.name} has no call {name!r}", hint=hint)
     step = steps[name]
     sees = graph.finals if step is None else step.inputs

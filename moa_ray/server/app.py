@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from moa_ray import __version__
 from moa_ray.errors import MoARayError, ModelNotFound, RequestError
 from moa_ray.graph import Message, conversation
-from moa_ray.graph.source import did_you_mean
+from moa_ray.graph.source import which
 from moa_ray.runtime import RunOptions
 from moa_ray.server import playground, problems
 from moa_ray.server.backend import Backend
@@ -189,7 +189,7 @@ class _Routes:
         name = model.partition("/")[0]
         if name not in self._backend.graphs:
             known = self._backend.graphs
-            hint = did_you_mean(name, known) or f"there are: {', '.join(known)}"
+            hint = which(name, known)
             raise ModelNotFound(f"there is no model {model!r}", hint=hint)
         return name
 

@@ -21,7 +21,7 @@ from moa_ray.graph import Graph, from_dict
 from moa_ray.server import ServerSettings, create_app
 from tests.conftest import until
 from tests.http import answering, free_port
-from tests.runtime.panels import runner
+from tests.runtime.panels import SHAPES, runner
 from tests.server.local import LocalBackend
 
 
@@ -34,7 +34,7 @@ def graph(name: str, *faults: Mapping[str, Any], ttft_s: float = 0.0, **spec: An
     return from_dict({"version": 1, "name": name, "engines": {"script": engine}, "agents": used, **shape, **spec})
 
 
-NODES = {"x": {"agent": "a"}, "y": {"agent": "b"}, "z": {"agent": "c", "inputs": ["y", "x"]}}
+NODES = SHAPES["nodes"]["nodes"]
 VOTE = {"layers": [["a", "b", "c"]], "aggregator": {"vote": {"extract": "number"}}, "agents": {"chief": None}}
 
 

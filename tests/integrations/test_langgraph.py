@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from importlib.machinery import BuiltinImporter
@@ -25,7 +25,7 @@ from moa_ray.server import create_app
 from tests.commands import ROOT
 from tests.conftest import until
 from tests.http import answering
-from tests.runtime.panels import panel, runner
+from tests.runtime.panels import SHAPES, panel, runner
 from tests.server.local import LocalBackend, Served, serving
 from tests.test_docs import snippets
 
@@ -33,28 +33,13 @@ pytest.importorskip("langgraph")
 
 from langgraph.checkpoint.memory import InMemorySaver
 
-_BASE: Mapping[str, Any] = {
-    "version": 1,
-    "name": "panel",
-    "engines": {"script": {"kind": "scripted", "model": "script"}},
-}
-_AGENT = {"engine": "script"}
-_AGENTS = {"a": {**_AGENT, "system": "Be brief.", "samples": 2}, "b": _AGENT, "c": {**_AGENT, "seed": 3}}
-_CHIEF = {"chief": {**_AGENT, "system": "Judge."}}
-_NODES = {"x": {"agent": "a"}, "y": {"agent": "b"}, "z": {"agent": "c", "inputs": ["y", "x"]}}
-_GRAPHS: Mapping[str, Mapping[str, Any]] = {
-    "layers": {"agents": _AGENTS | _CHIEF, "layers": [["a", "b"], ["b", "c"]], "aggregator": "chief"},
-    "nodes": {"agents": _AGENTS | _CHIEF, "nodes": _NODES, "aggregator": "chief"},
-    "vote": {"agents": _AGENTS, "layers": [["a", "b", "c"]], "aggregator": {"vote": {"extract": "number"}}},
-    "rank": {"agents": _AGENTS | _CHIEF, "layers": [["a", "b", "c"]], "aggregator": {"rank": {"agent": "chief"}}},
-}
 QUESTION = "What is 6 times 7?"
 ASKED = {"messages": [("user", QUESTION)]}
 
 
 @contextmanager
 def _serving(kind: str) -> Iterator[Served]:
-    run, engine = runner(from_dict({**_BASE, **_GRAPHS[kind]}))
+    run, engine = runner(from_dict(SHAPES[kind]))
     backend = LocalBackend(run)
     with answering(create_app(backend)) as url:
         yield Served(url, backend, engine)
@@ -87,7 +72,7 @@ def _run_file(path: Path, *arguments: str) -> str:
 # ---------------------------------------------------------------- the same as a whole run
 
 
-@pytest.mark.parametrize("kind", _GRAPHS)
+@pytest.mark.parametrize("kind", SHAPES)
 async def test_a_graph_asks_the_same_and_answers_the_same_as_a_whole_run(kind: str) -> None:
     with _serving(kind) as whole, Client(f"{whole.url}/v1") as client:
         expected, asked = client.run(QUESTION).text, _asked(whole)
@@ -99,7 +84,7 @@ async def test_a_graph_asks_the_same_and_answers_the_same_as_a_whole_run(kind: s
         assert _asked(served) == asked
 
 
-@pytest.mark.parametrize("kind", _GRAPHS)
+@pytest.mark.parametrize("kind", SHAPES)
 def test_an_exported_file_runs_as_it_stands_and_answers_the_same(kind: str, tmp_path: Path) -> None:
     with _serving(kind) as served, Client(f"{served.url}/v1") as client:
         expected = client.run(QUESTION).text
@@ -244,8 +229,8 @@ def _texts(kept: Path) -> int:
 
 @pytest.mark.parametrize("name", ["messages", "texts"])
 def test_a_node_with_a_name_of_the_states_is_refused(name: str) -> None:
-    nodes = {"agents": {"a": _AGENT} | _CHIEF, "nodes": {name: {"agent": "a"}}, "aggregator": "chief"}
-    graph = from_dict({**_BASE, **nodes})
+    agents = {each: {"engine": "script"} for each in ("a", "chief")}
+    graph = from_dict({**SHAPES["nodes"], "agents": agents, "nodes": {name: {"agent": "a"}}})
     with pytest.raises(SpecError, match=rf"nodes\.{name}"):
         moa_graph(graph)
 

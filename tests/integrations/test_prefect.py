@@ -26,7 +26,7 @@ from moa_ray.server import ServerSettings, create_app
 from tests.commands import ROOT
 from tests.conftest import until
 from tests.http import answering, free_port
-from tests.runtime.panels import panel, runner
+from tests.runtime.panels import SHAPES, panel, runner
 from tests.server.local import LocalBackend
 from tests.test_docs import snippets
 
@@ -52,22 +52,10 @@ from prefect.settings import (
 from moa_ray.integrations.prefect import MoAServer, ask, moa_flow
 
 QUESTION = "What is 6 times 7?"
-_AGENT = {"engine": "script"}
-_GRAPHS: Mapping[str, Mapping[str, Any]] = {
-    "layers": {"layers": [["a", "b"], ["b", "c"]], "aggregator": "chief"},
-    "nodes": {
-        "nodes": {"x": {"agent": "a"}, "y": {"agent": "b"}, "z": {"agent": "c", "inputs": ["y", "x"]}},
-        "aggregator": "chief",
-    },
-    "vote": {"layers": [["a", "b", "c"]], "aggregator": {"vote": {"extract": "number"}}},
-}
 
 
 def _graph(kind: str) -> Graph:
-    agents = {"a": {**_AGENT, "system": "Be brief.", "samples": 2}, "b": _AGENT, "c": {**_AGENT, "seed": 3}}
-    chief = {} if kind == "vote" else {"chief": _AGENT}
-    engines = {"script": {"kind": "scripted", "model": "script"}}
-    return from_dict({"version": 1, "name": kind, "engines": engines, "agents": agents | chief, **_GRAPHS[kind]})
+    return from_dict({**SHAPES[kind], "name": kind})
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +152,7 @@ def _artifacts(state: Any) -> dict[str, Any]:
     return {artifact.key: artifact for artifact in found if artifact.key}  # Prefect's own have none
 
 
-@pytest.mark.parametrize("kind", _GRAPHS)
+@pytest.mark.parametrize("kind", SHAPES)
 def test_a_graph_gives_the_same_text_as_a_flow_and_as_a_file(kind: str, tmp_path: Path) -> None:
     graph = _graph(kind)
     with _serving(graph) as whole, Client(whole.url) as client:

@@ -45,3 +45,20 @@ def runner(graph: Graph) -> tuple[Runner, Scripted]:
     registry.check(graph)
     gate = None if graph.spec.gate.kind == "all" else (registry.create(graph), registry.timeout_s(graph))
     return Runner(graph, {name: engine}, gate=gate), engine
+
+
+_AGENT = {"engine": "script"}
+_AGENTS = {"a": {**_AGENT, "system": "Be brief.", "samples": 2}, "b": _AGENT, "c": {**_AGENT, "seed": 3}}
+_CHIEF = {"chief": {**_AGENT, "system": "Judge."}}
+_NODES = {"x": {"agent": "a"}, "y": {"agent": "b"}, "z": {"agent": "c", "inputs": ["y", "x"]}}
+_BASE = {"version": 1, "name": "panel", "engines": {"script": {"kind": "scripted", "model": "script"}}}
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    kind: {**_BASE, "agents": agents, **shape}
+    for kind, agents, shape in (
+        ("layers", _AGENTS | _CHIEF, {"layers": [["a", "b"], ["b", "c"]], "aggregator": "chief"}),
+        ("nodes", _AGENTS | _CHIEF, {"nodes": _NODES, "aggregator": "chief"}),
+        ("rank", _AGENTS | _CHIEF, {"layers": [["a", "b", "c"]], "aggregator": {"rank": {"agent": "chief"}}}),
+        ("vote", _AGENTS, {"layers": [["a", "b", "c"]], "aggregator": {"vote": {"extract": "number"}}}),
+    )
+}
+"""A spec of every shape that a graph can have, with samples, systems and seeds."""

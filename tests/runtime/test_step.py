@@ -11,30 +11,18 @@ from moa_ray.engines import Sampling, Scripted
 from moa_ray.errors import RequestError
 from moa_ray.graph import ANSWER, from_dict
 from moa_ray.runtime import RunFinished, Runner, RunOptions, RunStarted
-from tests.runtime.panels import panel, runner
+from tests.runtime.panels import SHAPES, panel, runner
 
-_AGENT = {"engine": "script"}
-_BASE: Mapping[str, Any] = {
-    "version": 1,
-    "name": "panel",
-    "engines": {"script": {"kind": "scripted", "model": "script"}},
-}
-_AGENTS = {"a": {**_AGENT, "system": "Be brief.", "samples": 2}, "b": _AGENT, "c": {**_AGENT, "seed": 3}}
-_FREE = {"x": {"agent": "a"}, "y": {"agent": "b"}, "z": {"agent": "c", "inputs": ["y", "x"]}}
+_ONE_LAYER = {**SHAPES["layers"], "layers": [["a", "b", "c"]]}
 _GRAPHS: Mapping[str, Mapping[str, Any]] = {
-    "layers": {"layers": [["a", "b"], ["b", "c"]], "aggregator": "chief"},
-    "nodes": {"nodes": _FREE, "aggregator": "chief"},
-    "woven": {"layers": [["a", "b", "c"]], "aggregator": "chief", "prompt": "woven"},
-    "overlap": {"layers": [["a", "b", "c"]], "aggregator": "chief", "policy": {"streaming": "overlap"}},
-    "rank": {"layers": [["a", "b", "c"]], "aggregator": {"rank": {"agent": "chief"}}},
-    "vote": {"layers": [["a", "b", "c"]], "aggregator": {"vote": {"extract": "number"}}},
+    **SHAPES,
+    "woven": {**_ONE_LAYER, "prompt": "woven"},
+    "overlap": {**_ONE_LAYER, "policy": {"streaming": "overlap"}},
 }
 
 
 def _runner(kind: str) -> tuple[Runner, Scripted]:
-    voting = kind == "vote"
-    agents = _AGENTS if voting else _AGENTS | {"chief": {**_AGENT, "system": "Judge."}}
-    return runner(from_dict({**_BASE, "agents": agents, **_GRAPHS[kind]}))
+    return runner(from_dict(_GRAPHS[kind]))
 
 
 async def _step_by_step(run: Runner, question: str, sampling: Sampling) -> tuple[str, dict[str, str]]:

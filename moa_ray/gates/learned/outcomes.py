@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from moa_ray.errors import MoARayError, SpecError
 from moa_ray.graph import Message, conversation
-from moa_ray.graph.source import did_you_mean
+from moa_ray.graph.source import which
 
 Reward = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -92,7 +92,7 @@ def load(path: Path, agents: Sequence[str], *, with_panel: bool = False) -> Outc
     for row, (number, outcome) in enumerate(found):
         for agent in {**outcome.rewards, **outcome.tokens}:
             if agent not in agents:
-                hint = did_you_mean(agent, agents) or f"there are: {', '.join(agents)}"
+                hint = which(agent, agents)
                 raise SpecError(f"{path}:{number}: no layer has an agent {agent!r}", hint=hint)
         for column, (reward, tokens) in enumerate(outcome.of(agents)):
             rewards[row, column] = np.nan if reward is None else reward

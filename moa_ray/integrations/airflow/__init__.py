@@ -5,11 +5,10 @@ Airflow is imported when one of the names below is first used; `source` and the 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moa_ray.integrations.airflow.export import source
-from moa_ray.integrations.needs import need
+from moa_ray.integrations.needs import lazily
 
 if TYPE_CHECKING:
     from moa_ray.integrations.airflow.dag import moa_dag
@@ -21,9 +20,4 @@ _HOMES = {"MoAHook": "hook", "MoAOperator": "operator", "MoATrigger": "trigger",
 
 __all__ = ["MoAHook", "MoAOperator", "MoATrigger", "moa_dag", "source"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    need("airflow", "apache-airflow-core", "3.2", "airflow")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES, "airflow", "apache-airflow-core", "3.2", "airflow")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from airflow.sdk import BaseHook
 
 from moa_ray.client import AsyncClient, Client
 from moa_ray.errors import MoARayError
+from moa_ray.integrations.asking import api_key
 
 
 class MoAHook(BaseHook):  # type: ignore[misc]
@@ -50,7 +50,7 @@ class MoAHook(BaseHook):  # type: ignore[misc]
 
     def _settings(self, connection: Any) -> dict[str, Any]:
         if connection is None:
-            return {"base_url": self.server, "api_key": os.environ.get("MOA_RAY_API_KEY"), "retries": 0}
+            return {"base_url": self.server, "api_key": api_key(), "retries": 0}
         port = f":{connection.port}" if connection.port else ""
         url = f"{connection.schema or 'http'}://{connection.host or '127.0.0.1'}{port}/v1"
         return {"base_url": url, "api_key": connection.password, "retries": 0}

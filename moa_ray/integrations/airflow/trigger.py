@@ -7,9 +7,9 @@ from typing import Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from moa_ray.client import Finished
 from moa_ray.errors import MoARayError
 from moa_ray.integrations.airflow.hook import MoAHook
+from moa_ray.integrations.asking import streamed
 
 
 class MoATrigger(BaseTrigger):  # type: ignore[misc]
@@ -43,8 +43,7 @@ class MoATrigger(BaseTrigger):  # type: ignore[misc]
     async def _event(self) -> dict[str, Any]:
         try:
             async with await MoAHook(self.conn_id, self.server).aget_conn() as client:
-                *_, last = [event async for event in client.stream(self.question, **self.asked)]
+                answer = await streamed(client, self.question, **self.asked)
         except MoARayError as error:
             return {"error": str(error), "retryable": error.retryable}
-        assert isinstance(last, Finished)
-        return {"text": last.answer.text}
+        return {"text": answer.text}

@@ -5,10 +5,9 @@ Prefect is imported when one of the names below is first used; `source` does wit
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moa_ray.integrations.needs import need
+from moa_ray.integrations.needs import lazily
 from moa_ray.integrations.prefect.export import source
 
 if TYPE_CHECKING:
@@ -19,9 +18,4 @@ _HOMES = {"MoAServer": "tasks", "ask": "tasks", "moa_flow": "flows", "publish": 
 
 __all__ = ["MoAServer", "ask", "moa_flow", "publish", "seen", "source"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    need("prefect", "prefect", "3.9", "prefect")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES, "prefect", "prefect", "3.9", "prefect")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,8 +11,9 @@ from prefect.logging import get_run_logger
 from prefect.utilities.hashing import hash_objects
 from pydantic import SecretStr
 
-from moa_ray.client import Answer, AsyncClient, Finished
+from moa_ray.client import Answer, AsyncClient
 from moa_ray.errors import MoARayError, QuorumNotMet
+from moa_ray.integrations.asking import api_key, streamed
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -35,7 +35,7 @@ class MoAServer(Block):  # type: ignore[misc]
 
     def client(self) -> AsyncClient:
         """A client of it; the task's own retries are the only ones."""
-        key = self.api_key.get_secret_value() if self.api_key else os.environ.get("MOA_RAY_API_KEY")
+        key = self.api_key.get_secret_value() if self.api_key else api_key()
         return AsyncClient(self.url, api_key=key, retries=0)
 
 
@@ -98,10 +98,7 @@ async def ask(
         get_run_logger().warning("%s goes on without %s", call, reasons)
     # The retries are the task's: a server that tried again, too, would multiply them.
     async with server.client() as client:
-        asked = client.stream(question, model=graph, call=call, proposals=texts, policy={"retries": 0})
-        *_, last = [event async for event in asked]
-    assert isinstance(last, Finished)
-    return last.answer
+        return await streamed(client, question, model=graph, call=call, proposals=texts, policy={"retries": 0})
 
 
 def _texts(proposals: Mapping[str, Any]) -> dict[str, str]:
